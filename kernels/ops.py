@@ -1,0 +1,97 @@
+"""The kernels as torch operators, so that a compiled model calls them without looking inside.
+
+`after` of the updates is not read: a compiled graph keeps, and runs first, whatever produced it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_drop_vllm import kernels
+
+_LIBRARY = torch.library.Library("lora_drop", "DEF")
+
+
+def _drop_update(
+    x: Tensor,
+    state: Tensor | None,
+    slots: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    beta: float,
+    after: Tensor | None,
+) -> Tensor:
+    return kernels.drop_update(x, state, slots[: x.shape[0]], A, B, scale, beta, False)
+
+
+def _drop_update_back(
+    x: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    beta: float,
+    after: Tensor | None,
+) -> Tensor:
+    return kernels.drop_update(x, state, slots[: x.shape[0]], A, B, scale, beta, True)
+
+
+def _like_x(x: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_input(hidden: Tensor, residual: Tensor, state: Tensor, slots: Tensor) -> None:
+    kernels.save_input(hidden, residual, state, slots[: hidden.shape[0]])
+
+
+def _save_output(
+    hidden: Tensor, residual: Tensor, state: Tensor, slots: Tensor, gate: Tensor | None
+) -> None:
+    kernels.save_output(hidden, residual, state, slots[: hidden.shape[0]], gate)
+
+
+def _nothing(*args: object) -> None:
+    return None
+
+
+def _register(name: str, signature: str, run: object, fake: object) -> None:
+    _LIBRARY.define(f"{name}{signature}")
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"lora_drop::{name}", fake, lib=_LIBRARY)
+
+
+_register(
+    "drop_update",
+    "(Tensor x, Tensor? state, Tensor slots, Tensor A, Tensor B, float scale, float beta, "
+    "Tensor? after) -> Tensor",
+    _drop_update,
+    _like_x,
+)
+_register(
+    "drop_update_back",
+    "(Tensor x, Tensor(a!) state, Tensor slots, Tensor A, Tensor B, float scale, float beta, "
+    "Tensor? after) -> Tensor",
+    _drop_update_back,
+    _like_x,
+)
+_register(
+    "save_input",
+    "(Tensor hidden, Tensor residual, Tensor(a!) state, Tensor slots) -> ()",
+    _save_input,
+    _nothing,
+)
+_register(
+    "save_output",
+    "(Tensor hidden, Tensor residual, Tensor(a!) state, Tensor slots, Tensor? gate) -> ()",
+    _save_output,
+    _nothing,
+)
+
+drop_update = torch.ops.lora_drop.drop_update  # leaves the state as it is
+drop_update_back = torch.ops.lora_drop.drop_update_back  # replaces it by the result (`previous`)
+save_input = torch.ops.lora_drop.save_input
+save_output = torch.ops.lora_drop.save_output

@@ -1,0 +1,120 @@
+"""`--model-impl lora_drop`: checks that it can be served and points vLLM at our classes.
+
+Patches `VllmConfig.try_verify_and_update_config`. Reason: vLLM's per-model hook
+(`MODELS_CONFIG_MAP`) is keyed by architecture, so an architecture without an entry would be
+served by the stock model without a word. Removal condition: vLLM lets a plugin register a
+`model_impl`.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from lora_drop_vllm.config import HELP, LoRADropConfig, LoRADropConfigError, resolve
+from lora_drop_vllm.method.adapter import BaseModel
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+MODEL_IMPL = "lora_drop"
+SETTINGS = "lora_drop"
+ARCHITECTURES = {
+    "LlamaForCausalLM": "LoRADropLlamaForCausalLM",
+    "Qwen2ForCausalLM": "LoRADropQwen2ForCausalLM",
+}
+SCHEDULER = "lora_drop_vllm.engine.scheduler.LoRADropScheduler"
+WORKERS = {
+    "cpu": "lora_drop_vllm.engine.worker_cpu.LoRADropCPUWorker",
+    "cuda": "lora_drop_vllm.engine.worker_gpu.LoRADropGPUWorker",
+}
+
+
+def install() -> None:
+    """Act on `model_impl` in every `VllmConfig` of this process; calling it twice is harmless."""
+    from vllm.config import VllmConfig
+
+    original = VllmConfig.try_verify_and_update_config
+    if getattr(original, "lora_drop", False):
+        return
+
+    @wraps(original)
+    def verify(self: VllmConfig) -> None:
+        model_config = self.model_config
+        if model_config is not None and model_config.model_impl == MODEL_IMPL:
+            if not getattr(model_config, "config_updated", False):  # vLLM's own once-only mark
+                activate(self)
+        original(self)
+
+    verify.lora_drop = True  # type: ignore[attr-defined]
+    VllmConfig.try_verify_and_update_config = verify
+
+
+def activate(vllm_config: VllmConfig) -> None:
+    """Resolve the settings of a model served with `--model-impl lora_drop` and set the classes.
+
+    Raises:
+        LoRADropConfigError: settings, model or engine features that cannot be served.
+    """
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.logger import init_logger
+
+    from lora_drop_vllm.engine import metrics, request_args, seams
+    from lora_drop_vllm.engine.supported import check_architecture, check_supported
+
+    model_config = vllm_config.model_config
+    check_architecture(vllm_config, list(ARCHITECTURES))
+    seams.check_seams()
+    config = _resolve_settings(vllm_config)
+    check_supported(vllm_config, config)
+    vllm_config.additional_config = {**vllm_config.additional_config, SETTINGS: config.as_dict()}
+    request_args.install()
+    if config.active:
+        architecture = model_config.hf_config.architectures[0]
+        model_config.hf_config.architectures = [ARCHITECTURES[architecture]]
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.device_config.device_type]
+        metrics.install()
+        if vllm_config.device_config.device_type == "cuda":
+            # the captured graphs of full steps must never be replayed for a LoRA step
+            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    init_logger("vllm.lora_drop").info("%s", startup_line(model_config.model, config))
+
+
+def active_config(vllm_config: VllmConfig) -> LoRADropConfig:
+    """The resolved settings, in any process of the engine."""
+    additional: Any = vllm_config.additional_config
+    return LoRADropConfig.from_dict(additional[SETTINGS])
+
+
+def base_model(hf_config: Any) -> BaseModel:
+    """What an adapter must match, from a Hugging Face config."""
+    text = hf_config.get_text_config()
+    return BaseModel(text.model_type, text.num_hidden_layers, text.hidden_size)
+
+
+def startup_line(model: str, config: LoRADropConfig) -> str:
+    """One line that says what is served."""
+    from lora_drop_vllm.method.cost import ideal_speed, kv_saving
+
+    if not config.active:
+        return (
+            f"LoRA-Drop is off for {model} (k={config.k}, {len(config.drop_layers)} drop layers): "
+            "serving the stock model"
+        )
+    n = config.num_layers
+    speed = ideal_speed([1.0] * n, list(config.drop_layers), config.k, 0.0)
+    saved = kv_saving(n, len(config.drop_layers), config.k) if config.kv_skips else 0.0
+    return (
+        f"LoRA-Drop serves {model}: D={list(config.drop_layers)} of {n} layers, "
+        f"rho={config.rho:.2f}, k={config.k}, reuse={config.reuse}, kv={config.kv}, "
+        f"injection={config.injection}, adapter={config.adapter or 'untrained'}; "
+        f"ideal speed {speed:.2f}x (layers alone), KV saved {saved:.1%} of generated tokens"
+    )
+
+
+def _resolve_settings(vllm_config: VllmConfig) -> LoRADropConfig:
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict) or SETTINGS not in additional:
+        raise LoRADropConfigError(f"--model-impl lora_drop needs settings: {HELP}.")
+    return resolve(additional[SETTINGS], base_model(vllm_config.model_config.hf_config))

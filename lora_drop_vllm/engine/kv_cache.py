@@ -1,0 +1,87 @@
+"""KV cache of a model whose drop layers skip slots: two specs and the drop layers' manager.
+
+Both kinds of layer get a spec of their own that refuses to merge with the other: vLLM groups by
+`isinstance`, and a subclass of its full-attention spec would silently be put into one group under
+the stock manager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+    from lora_drop_vllm.method.schedule import PhaseTracker
+
+
+class _OwnGroup(FullAttentionSpec):
+    """A full-attention spec that only ever shares a group with its own class."""
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        assert all(type(spec) is cls for spec in specs), "not the same kind of layer"
+        return super().merge(specs)
+
+
+class DropLayerManager(FullAttentionManager):
+    """Blocks of the drop layers under `kv: skip`: one slot per token of a full step.
+
+    The engine counts tokens; this manager takes off the request's holes, the tokens of its LoRA
+    steps. When blocks are handed out, the step's kind is not decided yet, so the slot that the
+    request would need in a full step is always reserved: at most one slot ahead, and counted as
+    written only when it is.
+    """
+
+    tracker: PhaseTracker  # set by the scheduler before the first request
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> int:
+        """Blocks still missing for the request's compacted list."""
+        compacted = num_tokens - self.tracker.holes(request_id)
+        return super().get_num_blocks_to_allocate(request_id, compacted, *args, **kwargs)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Allocate what the compacted list of `num_tokens` tokens needs."""
+        holes = self.tracker.holes(request_id)
+        return super().allocate_new_blocks(
+            request_id, num_tokens - holes, num_tokens_main_model - holes
+        )
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Share only blocks of prompt positions, which have no holes."""
+        super().cache_blocks(
+            request,
+            min(num_tokens, self.tracker.prompt_end(request.request_id, request.num_tokens)),
+            retention_interval,
+            replay_boundaries=replay_boundaries,
+        )
+
+
+@register_kv_cache_spec(manager_class=FullAttentionManager)
+@dataclass(frozen=True, kw_only=True)
+class AlwaysOnSpec(_OwnGroup):
+    """KV cache of a layer that runs in every step: one slot per token."""
+
+
+@register_kv_cache_spec(manager_class=DropLayerManager)
+@dataclass(frozen=True, kw_only=True)
+class DropLayerSpec(_OwnGroup):
+    """KV cache of a drop layer under `kv: skip`: a compacted list in token order."""

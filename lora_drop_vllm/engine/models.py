@@ -1,0 +1,139 @@
+"""Llama and Qwen2 with drop layers: vLLM's models, and a second callable for LoRA steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+
+from lora_drop_vllm.engine import attention
+from lora_drop_vllm.engine.activation import active_config
+from lora_drop_vllm.engine.drop_layer import DropLayer, become_drop_layer
+from lora_drop_vllm.method.adapter import load_tensors, read_config
+from lora_drop_vllm.method.reuse import SITES
+from lora_drop_vllm.method.schedule import StepKind
+from lora_drop_vllm.method.state import StepState
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": {0: "b"}, "positions": {0: "b"}})
+class LoRAStepModel(nn.Module):
+    """The model in a LoRA step, over the weights of the full model.
+
+    A module of its own because a compiled module has one graph: the two kinds of step need two.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, model: Any) -> None:
+        super().__init__()
+        # not registered a second time: the full model owns these
+        self.__dict__["shared"] = (model.embed_tokens, list(model.layers), model.norm)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """[T] token ids, one per request, to [T, d] final hidden states."""
+        embed, layers, norm = self.shared
+        hidden, residual = embed(input_ids), None
+        for layer in layers:
+            if isinstance(layer, DropLayer):
+                hidden, residual = layer.lora_step(positions, hidden, residual), None
+            else:
+                hidden, residual = layer(positions, hidden, residual)
+        hidden, _ = norm(hidden, residual)
+        return hidden
+
+
+class LoRADropModel(nn.Module):
+    """Mixed into vLLM's `...ForCausalLM`: builds the drop layers, picks the callable per step.
+
+    Attributes:
+        lora_drop: states and the plan of the step at hand
+        lora_step_model: the callable of LoRA steps
+    """
+
+    model: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = active_config(vllm_config)
+        scheduler = vllm_config.scheduler_config
+        sites = len(SITES[config.injection])
+        self.lora_drop = StepState(
+            num_sites=sites * len(config.drop_layers),
+            max_requests=scheduler.max_num_seqs,
+            max_tokens=scheduler.max_num_batched_tokens,
+            hidden_size=config.hidden_size,
+            dtype=vllm_config.model_config.dtype,
+            device=torch.get_default_device(),
+        )
+        tensors = _adapter_tensors(config.adapter)
+        for n, index in enumerate(config.drop_layers):
+            become_drop_layer(
+                self.model.layers[index],
+                index,
+                config,
+                tensors,
+                self.lora_drop.states[n * sites : (n + 1) * sites],
+                self.lora_drop.slots,
+            )
+        if config.kv_skips:
+            modules = [layer.self_attn.attn for layer in self.model.layers]
+            attention.pack(modules, config.drop_layers, self.lora_drop)
+        self.lora_step_model = LoRAStepModel(vllm_config=vllm_config, model=self.model)
+        self._warm = False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """One engine step of the kind that the plan at hand says."""
+        step = self.lora_drop
+        if not step.in_step:
+            self._warm_up(input_ids, positions)
+        elif step.kind is StepKind.LORA:
+            step.rows()
+            step.counts[StepKind.LORA] += 1
+            return self.lora_step_model(input_ids, positions)
+        else:
+            step.rows()
+            step.counts[StepKind.FULL] += 1
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def _warm_up(self, input_ids: Tensor, positions: Tensor) -> None:
+        """Compile the LoRA step with the engine's first profiling run, not with a request."""
+        if not self._warm:
+            self._warm = True
+            self.lora_step_model(input_ids, positions)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """vLLM's loading; the K/V projections of drop layers share what it loads."""
+        loaded = super().load_weights(weights)
+        return loaded | {name for name, _ in self.named_parameters() if ".kv_proj." in name}
+
+    def get_model_state_cls(self) -> type[Any]:
+        """Model Runner V2's hook for a model's own state."""
+        from lora_drop_vllm.engine.runner_v2 import LoRADropModelState
+
+        return LoRADropModelState
+
+
+class LoRADropLlamaForCausalLM(LoRADropModel, LlamaForCausalLM):
+    """Llama with drop layers."""
+
+
+class LoRADropQwen2ForCausalLM(LoRADropModel, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5 with drop layers."""
+
+
+def _adapter_tensors(adapter: str | None) -> dict[str, Tensor] | None:
+    if adapter is None:
+        return None
+    folder = Path(adapter)
+    return load_tensors(folder, read_config(folder))

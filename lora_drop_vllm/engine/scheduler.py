@@ -1,0 +1,79 @@
+"""Scheduler hook: follows every request's phase, decides each step's kind, sends the plan along."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from lora_drop_vllm.engine import metrics
+from lora_drop_vllm.engine.activation import active_config
+from lora_drop_vllm.engine.kv_cache import DropLayerManager
+from lora_drop_vllm.engine.request_args import request_k
+from lora_drop_vllm.method.schedule import PhaseTracker, Scheduled, StepPlan
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.request import Request
+
+PLAN_ATTRIBUTE = "lora_drop"  # on every SchedulerOutput; pickled to the workers with it
+
+
+class LoRADropScheduler(AsyncScheduler):
+    """vLLM's scheduler, plus the cycle of full and LoRA steps.
+
+    What is scheduled, and when, is vLLM's own decision; the kind of the step follows from it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lora_drop = active_config(self.vllm_config)
+        self.tracker = PhaseTracker(self.max_num_running_reqs, self.lora_drop.kv_skips)
+        self.drop_managers = [
+            manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, DropLayerManager)
+        ]
+        assert bool(self.drop_managers) == self.lora_drop.kv_skips, (
+            "the drop layers did not get a KV-cache group of their own"
+        )
+        for manager in self.drop_managers:
+            manager.tracker = self.tracker
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        # before super(), which moves num_computed_tokens past this step
+        setattr(scheduler_output, PLAN_ATTRIBUTE, self._plan(scheduler_output))
+        super()._update_after_schedule(scheduler_output)
+
+    def _plan(self, scheduler_output: SchedulerOutput) -> StepPlan:
+        scheduled = []
+        for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            if request_id not in self.tracker:
+                self.tracker.admit(request_id, self._k(request), request.num_tokens)
+            scheduled.append(Scheduled(request_id, request.num_computed_tokens, num_tokens))
+        return self.tracker.advance(scheduled)
+
+    def _k(self, request: Request) -> int:
+        params = request.sampling_params
+        return request_k(params.extra_args if params else None, self.lora_drop.k)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        super()._free_request_blocks(request)
+        self.tracker.release(request.request_id)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's stats, with our totals aboard."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            metrics.attach(stats, self.tracker.totals, self.num_drop_blocks())
+        return stats
+
+    def num_drop_blocks(self) -> int:
+        """KV blocks that requests hold for the drop layers right now."""
+        return sum(
+            len(blocks)
+            for manager in self.drop_managers
+            for blocks in manager.req_to_blocks.values()
+        )

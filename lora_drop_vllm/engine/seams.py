@@ -1,0 +1,135 @@
+"""The vLLM names and parameters that `engine/` relies on, and the check that they still exist."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One touch-point: a name in vLLM, the parameters we use, and who uses them."""
+
+    target: str  # module:qualname
+    used_by: str
+    params: tuple[str, ...] = ()
+
+
+SEAMS: tuple[Seam, ...] = (
+    # patched attributes: reason and removal condition stand in the file that patches
+    Seam("vllm.config.vllm:VllmConfig.try_verify_and_update_config", "activation.py", ("self",)),
+    Seam(
+        "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+        "request_args.py",
+        ("self", "params", "supported_tasks"),
+    ),
+    Seam(
+        "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
+        "metrics.py",
+        ("vllm_config", "engine_idxs", "custom_stat_loggers"),
+    ),
+    # overridden methods
+    Seam(
+        "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
+        "scheduler.py",
+        ("scheduler_output",),
+    ),
+    Seam(
+        "vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks", "scheduler.py", ("request",)
+    ),
+    Seam("vllm.v1.core.sched.scheduler:Scheduler.make_stats", "scheduler.py", ("self",)),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate",
+        "kv_cache.py",
+        ("request_id", "num_tokens"),
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks",
+        "kv_cache.py",
+        ("request_id", "num_tokens", "num_tokens_main_model"),
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks",
+        "kv_cache.py",
+        ("request", "num_tokens"),
+    ),
+    Seam("vllm.v1.kv_cache_spec_registry:register_kv_cache_spec", "kv_cache.py", ("manager_class",)),
+    Seam(
+        "vllm.v1.attention.backend:subclass_attention_backend_with_overrides",
+        "attention.py",
+        ("name_prefix", "attention_backend_cls", "overrides"),
+    ),
+    Seam(
+        "vllm.v1.attention.backend:CommonAttentionMetadata",
+        "attention.py",
+        ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping", "max_seq_len"),
+    ),
+    Seam(
+        "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec",
+        "attention.py",
+        ("vllm_config",),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+        "runner_v2.py",
+        ("input_batch",),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_worker:Worker.execute_model", "worker.py", ("scheduler_output",)
+    ),
+    # module layouts the drop layer runs on
+    Seam(
+        "vllm.model_executor.models.llama:LlamaDecoderLayer.forward",
+        "drop_layer.py",
+        ("positions", "hidden_states", "residual"),
+    ),
+    Seam(
+        "vllm.model_executor.models.qwen2:Qwen2DecoderLayer.forward",
+        "drop_layer.py",
+        ("positions", "hidden_states", "residual"),
+    ),
+    Seam(
+        "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
+        "drop_layer.py",
+        ("key", "value", "layer_name"),
+    ),
+    # fields that carry our data
+    Seam(
+        "vllm.v1.metrics.stats:SchedulerStats", "metrics.py", params=("waiting_lora_adapters",)
+    ),
+    Seam(
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        "scheduler.py",
+        params=("num_scheduled_tokens",),
+    ),
+)
+
+
+def resolve_name(target: str) -> Any:
+    """Import `module:qualname`."""
+    module, qualname = target.split(":")
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
+    """Raise when the installed vLLM no longer offers what engine/ was written against."""
+    for seam in seams:
+        try:
+            found = resolve_name(seam.target)
+        except (ImportError, AttributeError) as error:
+            raise RuntimeError(
+                f"{seam.target} is gone; engine/{seam.used_by} relies on it. Port that file, then "
+                "widen the vLLM pin in pyproject.toml."
+            ) from error
+        have = inspect.signature(found).parameters
+        if missing := [p for p in seam.params if p not in have]:
+            raise RuntimeError(
+                f"{seam.target} lost {missing}; engine/{seam.used_by} relies on them. Port that "
+                "file, then widen the vLLM pin in pyproject.toml."
+            )

@@ -1,0 +1,55 @@
+"""Prometheus side of the LoRA-Drop metrics, in the server's process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+from lora_drop_vllm.engine import metrics
+
+
+class LoRADropStatLogger(AggregateStatLoggerBase):
+    """Turns the totals of each engine into counters and a gauge beside vLLM's own."""
+
+    def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
+        labels = ["model_name", "engine"]
+        name = vllm_config.model_config.served_model_name
+        self._seen = {index: dict.fromkeys(metrics.COUNTERS, 0) for index in engine_indexes}
+        self._counters = {
+            counter: Counter(f"vllm:lora_drop_{counter}", documentation, labels)
+            for counter, documentation in metrics.COUNTERS.items()
+        }
+        self._blocks = Gauge(
+            "vllm:lora_drop_kv_blocks",
+            "KV blocks that running requests hold for the drop layers.",
+            labels,
+            multiprocess_mode="mostrecent",
+        )
+        self._labels = {index: (name, str(index)) for index in engine_indexes}
+        for labelled in self._labels.values():  # zero from the start, as Prometheus expects
+            for counter in self._counters.values():
+                counter.labels(*labelled)
+            self._blocks.labels(*labelled)
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Take one engine's totals over; they only ever grow."""
+        totals = metrics.read(scheduler_stats) if scheduler_stats is not None else {}
+        if not totals:
+            return
+        labelled = self._labels[engine_idx]
+        seen = self._seen[engine_idx]
+        for name, counter in self._counters.items():
+            counter.labels(*labelled).inc(totals[name] - seen[name])
+            seen[name] = totals[name]
+        self._blocks.labels(*labelled).set(totals[metrics.BLOCKS])
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say beyond the start-up line."""

@@ -1,0 +1,88 @@
+"""What LoRA-Drop refuses to be served with, before any weight is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_drop_vllm.config import LoRADropConfig, LoRADropConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def check_architecture(vllm_config: VllmConfig, allowed: list[str]) -> None:
+    """Raise unless the model is of a family that has a LoRA-Drop variant."""
+    architectures = vllm_config.model_config.hf_config.architectures
+    if not architectures or architectures[0] not in allowed:
+        raise LoRADropConfigError(
+            f"--model-impl lora_drop: {vllm_config.model_config.model} is a "
+            f"{', '.join(architectures or ['model without an architecture'])}; supported are "
+            f"{' and '.join(allowed)}. Serve it without --model-impl lora_drop."
+        )
+
+
+def check_supported(vllm_config: VllmConfig, config: LoRADropConfig) -> None:
+    """Raise for every engine feature that LoRA-Drop does not implement.
+
+    Raises:
+        LoRADropConfigError: naming the feature as the user wrote it and the way out.
+    """
+    for used, feature, way_out in _refusals(vllm_config):
+        if used:
+            raise LoRADropConfigError(
+                f"--model-impl lora_drop does not support {feature}; {way_out}."
+            )
+    layer_types = getattr(vllm_config.model_config.hf_config, "layer_types", None) or []
+    sliding = [i for i in config.drop_layers if "sliding" in "".join(layer_types[i : i + 1])]
+    if sliding:
+        raise LoRADropConfigError(
+            f"lora_drop.drop_layers={list(config.drop_layers)}: layers {sliding} use sliding-window "
+            "attention, which LoRA-Drop does not support; leave them out."
+        )
+
+
+def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    device = vllm_config.device_config.device_type
+    leave_out = "leave it out"
+    return [
+        (model.runner_type != "generate", f"--runner {model.runner_type}", "use it to generate"),
+        (vllm_config.speculative_config is not None, "speculative decoding", leave_out),
+        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size > 1", "set it to 1"),
+        (parallel.tensor_parallel_size > 1, "--tensor-parallel-size > 1", "set it to 1"),
+        (parallel.data_parallel_size > 1, "--data-parallel-size > 1", "start more servers"),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism",
+            "set it to 1",
+        ),
+        (parallel.enable_dbo, "--enable-dbo", leave_out),
+        (parallel.worker_cls != "auto", "--worker-cls", leave_out),
+        (scheduler.scheduler_cls is not None, "--scheduler-cls", leave_out),
+        (vllm_config.lora_config is not None, "--enable-lora", leave_out),
+        (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", leave_out),
+        (vllm_config.ec_transfer_config is not None, "--ec-transfer-config", leave_out),
+        (model.quantization is not None, f"--quantization {model.quantization}", leave_out),
+        (model.enable_prompt_embeds, "--enable-prompt-embeds", leave_out),
+        (bool(model.logits_processors), "--logits-processors", leave_out),
+        (cache.cache_dtype != "auto", f"--kv-cache-dtype {cache.cache_dtype}", leave_out),
+        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", leave_out),
+        (bool(cache.kv_offloading_size), "--kv-offloading-size", leave_out),
+        (
+            bool(scheduler.disable_hybrid_kv_cache_manager),
+            "--disable-hybrid-kv-cache-manager",
+            leave_out,
+        ),
+        (
+            model.get_sliding_window() is not None,
+            "models with sliding-window attention",
+            "serve it without --model-impl lora_drop",
+        ),
+        (device not in ("cpu", "cuda"), f"the device {device}", "use a CPU or a CUDA GPU"),
+        (
+            device == "cuda" and not vllm_config.use_v2_model_runner,
+            "the V1 model runner on a GPU",
+            "unset VLLM_USE_V2_MODEL_RUNNER",
+        ),
+    ]

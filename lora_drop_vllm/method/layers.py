@@ -1,0 +1,41 @@
+"""Which layers drop: rho to a number of layers, and the named choices (Sec. III-B, IV-C)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+HEAD_LAYERS = 3  # the first layers of a model always run
+TAIL_LAYERS = 1  # and so does the last
+
+CHOICES: tuple[str, ...] = ("contiguous", "uniform")
+
+
+def eligible_layers(num_layers: int) -> list[int]:
+    """Layers that may drop: all but the first three and the last (Eq. 13)."""
+    return list(range(HEAD_LAYERS, num_layers - TAIL_LAYERS))
+
+
+def num_drop_layers(rho: float, num_layers: int) -> int:
+    """|D| = floor(rho * S + 1/2), with S the number of eligible layers."""
+    return math.floor(rho * len(eligible_layers(num_layers)) + 0.5)
+
+
+def choose_layers(choice: str, count: int, candidates: Sequence[int]) -> list[int]:
+    """Pick `count` of `candidates` by name, without similarity scores.
+
+    `uniform` spaces them evenly; `contiguous` takes the middle run (lower index on a tie), where
+    neighbouring tokens are most alike in the models profiled so far.
+
+    Raises:
+        ValueError: unknown choice or more layers than candidates.
+    """
+    if count > len(candidates):
+        raise ValueError(f"cannot choose {count} of {len(candidates)} candidate layers")
+    ordered = sorted(candidates)
+    if choice == "uniform":
+        return [ordered[(2 * j + 1) * len(ordered) // (2 * count)] for j in range(count)]
+    if choice == "contiguous":
+        first = (len(ordered) - count) // 2
+        return ordered[first : first + count]
+    raise ValueError(f"unknown choice {choice!r}; one of {', '.join(CHOICES)}")

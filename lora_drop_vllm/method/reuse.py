@@ -1,0 +1,41 @@
+"""What a drop layer keeps between steps: the four `reuse` rules and the injection points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """One rule of x_t^i = beta * x_t^{i-1} + c_i + scale * B_i A_i x_t^{i-1}.
+
+    Attributes:
+        beta: weight of the layer's own input
+        keeps_state: whether c_i exists
+        writes_back: whether a LoRA step replaces c_i by its result
+        difference: whether c_i is the gated change g_i * (x_a^i - x_a^{i-1}) of the last full
+            step instead of its output x_a^i
+    """
+
+    beta: float
+    keeps_state: bool
+    writes_back: bool
+    difference: bool
+
+
+REUSE: dict[str, Reuse] = {
+    # Eq. 4: the layer's output one token earlier
+    "previous": Reuse(beta=0.0, keeps_state=True, writes_back=True, difference=False),
+    # the authors' released code: the output of the last full step
+    "anchor": Reuse(beta=0.0, keeps_state=True, writes_back=False, difference=False),
+    # the layer's own input plus what the layer last added to its input
+    "update": Reuse(beta=1.0, keeps_state=True, writes_back=False, difference=True),
+    # plain low-rank bypass
+    "none": Reuse(beta=1.0, keeps_state=False, writes_back=False, difference=False),
+}
+
+# Injection points: the parts of a drop layer that carry a state and an adapter of their own, in
+# the order they run. The empty name is the whole block.
+SITES: dict[str, tuple[str, ...]] = {"block": ("",), "attn_mlp": ("attn", "mlp")}
+
+KV_MODES: tuple[str, ...] = ("skip", "write")

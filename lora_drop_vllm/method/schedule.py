@@ -1,0 +1,156 @@
+"""When layers drop: the kind of every engine step and each request's place in its cycle.
+
+The only code that decides a step's kind. It knows nothing of an engine: the scheduler hook
+feeds it what was scheduled and sends the resulting `StepPlan` to the workers.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+class StepKind(enum.Enum):
+    """Whether all layers run (`FULL`) or drop layers run the low-rank update (`LORA`)."""
+
+    FULL = "full"
+    LORA = "lora"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPhase:
+    """What one scheduled request brings to the decision of the step's kind."""
+
+    has_prompt_tokens: bool
+    phase: int  # LoRA steps since its last full step
+    k: int
+
+
+def step_kind(requests: Iterable[RequestPhase]) -> StepKind:
+    """Kind of the next engine step for a batch (Sec. II-B, per batch instead of per token).
+
+    Full as soon as one request brings prompt tokens or has used up its k LoRA steps.
+    """
+    due = any(r.has_prompt_tokens or r.phase >= r.k for r in requests)
+    return StepKind.FULL if due else StepKind.LORA
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One request of a step, as the workers need it.
+
+    Attributes:
+        slot: row of the state buffers that belongs to the request
+        cache_len: tokens in the drop layers' compacted KV list before the step
+        num_tokens: query tokens of the request in this step
+    """
+
+    slot: int
+    cache_len: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One engine step: its kind, decided once, and its rows by request id."""
+
+    kind: StepKind
+    rows: Mapping[str, Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A request as scheduled for one step: tokens [position, position + num_tokens)."""
+
+    request_id: str
+    position: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class StepTotals:
+    """Running totals since start-up; slots are counted per drop-layer group, not per layer."""
+
+    full_steps: int = 0
+    lora_steps: int = 0
+    kv_slots_written: int = 0
+    kv_slots_skipped: int = 0
+
+
+@dataclass(slots=True)
+class _Tracked:
+    slot: int
+    k: int
+    prompt_end: int  # positions below it are (re)computed as a prompt
+    phase: int = 0
+    holes: int = 0  # decoded tokens without a slot in the drop layers' KV list
+
+
+@dataclass
+class PhaseTracker:
+    """Phase, state slot and KV holes of every request between admission and release.
+
+    Args:
+        max_requests: requests that may run at once; the number of state slots
+        kv_skips: whether LoRA steps leave holes in the drop layers' KV (`kv: skip`)
+    """
+
+    max_requests: int
+    kv_skips: bool
+    totals: StepTotals = field(default_factory=StepTotals)
+    _tracked: dict[str, _Tracked] = field(default_factory=dict)
+    _free_slots: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._free_slots = list(reversed(range(self.max_requests)))
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._tracked
+
+    def admit(self, request_id: str, k: int, prompt_end: int) -> None:
+        """Start a request (again): phase 0, no holes, a state slot of its own.
+
+        Its tokens up to `prompt_end` are all known now, so they are computed as a prompt.
+        """
+        assert request_id not in self._tracked, f"{request_id} was admitted twice"
+        self._tracked[request_id] = _Tracked(self._free_slots.pop(), k, prompt_end)
+
+    def release(self, request_id: str) -> None:
+        """Forget a request that ended or was preempted; unknown ids are ignored."""
+        if tracked := self._tracked.pop(request_id, None):
+            self._free_slots.append(tracked.slot)
+
+    def holes(self, request_id: str) -> int:
+        """Tokens of the request that own no KV slot in the drop layers."""
+        tracked = self._tracked.get(request_id)
+        return tracked.holes if tracked else 0
+
+    def prompt_end(self, request_id: str, default: int) -> int:
+        """End of the positions computed as a prompt; `default` before the request's admission."""
+        tracked = self._tracked.get(request_id)
+        return tracked.prompt_end if tracked else default
+
+    def advance(self, scheduled: Iterable[Scheduled]) -> StepPlan:
+        """Decide the kind of a step, plan its rows and move every request's phase on."""
+        batch = [(s, self._tracked[s.request_id]) for s in scheduled]
+        # a step of several tokens can only be a prompt's, whatever the engine calls it
+        kind = step_kind(
+            RequestPhase(s.position < t.prompt_end or s.num_tokens != 1, t.phase, t.k)
+            for s, t in batch
+        )
+        rows = {s.request_id: Row(t.slot, s.position - t.holes, s.num_tokens) for s, t in batch}
+        if not batch:
+            return StepPlan(kind, rows)
+        num_tokens = sum(s.num_tokens for s, _ in batch)
+        lora = kind is StepKind.LORA
+        for _, tracked in batch:
+            tracked.phase = tracked.phase + 1 if lora else 0
+            tracked.holes += int(lora and self.kv_skips)
+        self.totals.full_steps += not lora
+        self.totals.lora_steps += lora
+        if lora and self.kv_skips:
+            self.totals.kv_slots_skipped += num_tokens
+        else:
+            self.totals.kv_slots_written += num_tokens
+        return StepPlan(kind, rows)

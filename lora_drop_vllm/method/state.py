@@ -1,0 +1,87 @@
+"""What a worker keeps for LoRA-Drop: the state vectors c_i by request slot, and the step at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from lora_drop_vllm.method.schedule import Row, StepKind, StepPlan
+
+
+class StepState:
+    """States of all drop layers and the translation of a step's plan into row indices.
+
+    The buffers are allocated once and written in place, so compiled code may hold on to them.
+
+    Attributes:
+        states: [n_sites, max_requests, d]  c_i of each site (one a drop layer, or two with
+            `injection: attn_mlp`) by request slot, in the model's dtype
+        slots: [max_tokens]  for each token row of the step: in a LoRA step the slot of its
+            request; in a full step that slot on the request's last token; -1 on every other row
+        counts: engine steps run by kind, taken where the model is called (the witness that LoRA
+            steps really happen)
+    """
+
+    def __init__(
+        self,
+        num_sites: int,
+        max_requests: int,
+        max_tokens: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.states = torch.zeros(num_sites, max_requests, hidden_size, dtype=dtype, device=device)
+        self.slots = torch.full((max_tokens,), -1, dtype=torch.int64, device=device)
+        self.counts = {StepKind.FULL: 0, StepKind.LORA: 0}
+        self._plan: StepPlan | None = None
+        self._order: Callable[[], Sequence[str]] = tuple
+        self._rows: list[Row] | None = None
+        self._dirty = 0
+
+    @property
+    def kind(self) -> StepKind:
+        """Kind of the step at hand; outside a step (profiling, warm-up) all layers run."""
+        return self._plan.kind if self._plan else StepKind.FULL
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a planned step is at hand."""
+        return self._plan is not None
+
+    def begin(self, plan: StepPlan, order: Callable[[], Sequence[str]]) -> None:
+        """Take up a step's plan.
+
+        Args:
+            plan: from the scheduler
+            order: tells the batch's request ids in its order, once the runner has settled it
+        """
+        self._plan, self._order = plan, order
+
+    def end(self) -> None:
+        """The step is over: drop its plan and forget which rows belonged to whom."""
+        self._plan, self._rows = None, None
+        self.slots[: self._dirty].fill_(-1)
+        self._dirty = 0
+
+    def rows(self) -> Sequence[Row]:
+        """The planned rows in the batch's order; none outside a step.
+
+        The first call in a step also points `slots` at them.
+        """
+        if self._plan is None:
+            return ()
+        if self._rows is None:
+            self._rows = [self._plan.rows[request_id] for request_id in self._order()]
+            self._point_slots(self._rows)
+        return self._rows
+
+    def _point_slots(self, rows: Sequence[Row]) -> None:
+        ends = list(accumulate(row.num_tokens for row in rows))
+        host = torch.full((ends[-1],), -1, dtype=torch.int64)
+        host[torch.tensor(ends) - 1] = torch.tensor([row.slot for row in rows])
+        self._dirty = ends[-1]
+        self.slots[: self._dirty].copy_(host, non_blocking=True)
