@@ -1,0 +1,169 @@
+"""An independent implementation of the method: plain PyTorch on the Hugging Face model.
+
+Token by token, request by request, without vLLM and without this package's own maths, so that the
+served engine can be held to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Settings:
+    drop_layers: list[int]
+    k: int
+    reuse: str
+    kv: str
+    injection: str
+    scale: float = 1.0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Oracle:
+    """One request under LoRA-Drop.
+
+    Attributes:
+        tokens: all tokens so far, prompt first
+        logprobs: log-probability of each generated token
+    """
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.config = model.config
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.margins: list[float] = []  # between the best token and the next
+        self._forget()
+
+    def _forget(self) -> None:
+        self.keys: dict[int, list[Tensor]] = {}
+        self.values: dict[int, list[Tensor]] = {}
+        self.state: dict[tuple[int, str], Tensor] = {}
+        self.phase = 0
+
+    @torch.no_grad()
+    def prompt(self, tokens: list[int]) -> None:
+        """Compute all tokens as a prompt (also: recompute after a preemption) and sample one."""
+        self._forget()
+        self.tokens = list(tokens)
+        self._sample(self._full(range(len(tokens))))
+
+    @torch.no_grad()
+    def step(self, kind: str) -> None:
+        """Run the last sampled token through a step of the given kind and sample the next."""
+        t = len(self.tokens) - 1
+        self._sample(self._full([t]) if kind == "full" else self._lora(t))
+        self.phase = 0 if kind == "full" else self.phase + 1
+
+    def decode(self, prompt: list[int], count: int) -> list[int]:
+        """A lone request: the prompt, k LoRA steps, a refresh, and so on."""
+        self.prompt(prompt)
+        while len(self.tokens) < len(prompt) + count:
+            self.step("full" if self.phase >= self.settings.k else "lora")
+        return self.tokens[len(prompt) :]
+
+    def _sample(self, x: Tensor) -> None:
+        logits = self.model.lm_head(self.model.model.norm(x)).float()
+        best = logits.topk(2).values
+        token = int(logits.argmax())
+        self.tokens.append(token)
+        self.margins.append(float(best[0] - best[1]))
+        self.logprobs.append(float(logits.log_softmax(-1)[token]))
+
+    def _full(self, positions: Any) -> Tensor:
+        positions = list(positions)
+        x = self.model.model.embed_tokens(torch.tensor([self.tokens[t] for t in positions]))
+        for i, layer in enumerate(self.model.model.layers):
+            before = x
+            h = x + self._attention(i, layer, layer.input_layernorm(x), positions)
+            x = h + layer.mlp(layer.post_attention_layernorm(h))
+            if i in self.settings.drop_layers:
+                self._keep(i, before[-1], h[-1], x[-1])
+        return x[-1]
+
+    def _lora(self, t: int) -> Tensor:
+        s = self.settings
+        x = self.model.model.embed_tokens(torch.tensor([self.tokens[t]]))
+        for i, layer in enumerate(self.model.model.layers):
+            if i not in s.drop_layers:
+                h = x + self._attention(i, layer, layer.input_layernorm(x), [t])
+                x = h + layer.mlp(layer.post_attention_layernorm(h))
+                continue
+            if s.kv == "write":
+                self._append(i, layer, layer.input_layernorm(x), [t])
+            for site in ("",) if s.injection == "block" else ("attn", "mlp"):
+                x = self._update(i, site, x[0])[None]
+        return x[0]
+
+    def _update(self, i: int, site: str, x: Tensor) -> Tensor:
+        s = self.settings
+        name = f"layers.{i}.{site}" if site else f"layers.{i}"
+        a = s.tensors[f"{name}.lora_A.weight"].to(x.dtype).float()
+        b = s.tensors[f"{name}.lora_B.weight"].to(x.dtype).float()
+        out = s.scale * (b @ (a @ x.float()))
+        if s.reuse in ("update", "none"):
+            out = out + x.float()
+        if s.reuse != "none":
+            out = out + self.state[i, site].float()
+        out = out.to(x.dtype)
+        if s.reuse == "previous":
+            self.state[i, site] = out
+        return out
+
+    def _keep(self, i: int, before: Tensor, middle: Tensor, after: Tensor) -> None:
+        s = self.settings
+        ends = {"": (before, after)}
+        if s.injection == "attn_mlp":
+            ends = {"attn": (before, middle), "mlp": (middle, after)}
+        for site, (a, b) in ends.items():
+            if s.reuse == "update":
+                name = f"layers.{i}.{site}.gate" if site else f"layers.{i}.gate"
+                gate = s.tensors[name].to(b.dtype).float()
+                self.state[i, site] = (gate * (b.float() - a.float())).to(b.dtype)
+            else:
+                self.state[i, site] = b
+
+    def _append(self, i: int, layer: Any, normed: Tensor, positions: list[int]) -> None:
+        attn, hd = layer.self_attn, self._head_dim()
+        k = attn.k_proj(normed).view(len(positions), -1, hd)
+        v = attn.v_proj(normed).view(len(positions), -1, hd)
+        cos, sin = self._rope(k, positions)
+        self.keys.setdefault(i, []).extend(_rotate(k, cos, sin))
+        self.values.setdefault(i, []).extend(v)
+
+    def _attention(self, i: int, layer: Any, normed: Tensor, positions: list[int]) -> Tensor:
+        attn, hd = layer.self_attn, self._head_dim()
+        seen = len(self.keys.get(i, ()))
+        self._append(i, layer, normed, positions)
+        q = attn.q_proj(normed).view(len(positions), -1, hd)
+        cos, sin = self._rope(q, positions)
+        q = _rotate(q, cos, sin).float()
+        keys = torch.stack(self.keys[i]).float()
+        values = torch.stack(self.values[i]).float()
+        groups = q.shape[1] // keys.shape[1]
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, keys) * hd**-0.5
+        place = torch.arange(keys.shape[0])
+        causal = place[None, :] <= seen + torch.arange(len(positions))[:, None]
+        weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)
+        out = torch.einsum("hqk,khd->qhd", weights, values).to(normed.dtype)
+        return attn.o_proj(out.reshape(len(positions), -1))
+
+    def _head_dim(self) -> int:
+        c = self.config
+        return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+    def _rope(self, like: Tensor, positions: list[int]) -> tuple[Tensor, Tensor]:
+        cos, sin = self.model.model.rotary_emb(like[None], torch.tensor([positions]))
+        return cos[0][:, None], sin[0][:, None]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+    return x * cos + turned * sin

@@ -1,0 +1,92 @@
+"""Tiny models and random adapters, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel, save_adapter, tensor_shapes
+from lora_drop_vllm.method.layers import eligible_layers
+
+VOCAB = 512
+FAMILIES = ("llama", "qwen2", "qwen2_tied")
+
+
+def make_model(folder: Path, family: str, num_layers: int = 8) -> Path:
+    """Save a random model whose argmax is far from ties; returns its folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(7)
+    sizes: dict[str, Any] = dict(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=family == "qwen2_tied",
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model: Any
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+        for layer in model.model.layers:  # a bias of zero would test nothing
+            for projection in ("q_proj", "k_proj", "v_proj"):
+                torch.nn.init.normal_(getattr(layer.self_attn, projection).bias, std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The Hugging Face model of a folder, for the oracle."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def make_adapter(
+    folder: Path,
+    model: Path,
+    *,
+    drop_layers: list[int],
+    k: int = 3,
+    reuse: str = "update",
+    kv: str = "skip",
+    injection: str = "block",
+    r: int = 4,
+    seed: int = 0,
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Save a random adapter with non-zero B and uneven gates; returns its config and tensors."""
+    from transformers import AutoConfig
+
+    base = AutoConfig.from_pretrained(model)
+    config = AdapterConfig(
+        base_model_name_or_path=str(model),
+        base_model=BaseModel(base.model_type, base.num_hidden_layers, base.hidden_size),
+        r=r,
+        lora_alpha=2.0 * r,
+        rho=len(drop_layers) / len(eligible_layers(base.num_hidden_layers)),
+        k=k,
+        drop_layers=drop_layers,
+        reuse=reuse,
+        kv=kv,
+        injection=injection,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        value = torch.randn(shape, generator=generator)
+        if name.endswith("gate"):
+            tensors[name] = 0.7 + 0.2 * value
+        else:
+            tensors[name] = value * (0.5 / shape[-1] ** 0.5)
+    save_adapter(folder, config, tensors)
+    return config, tensors
