@@ -1,0 +1,82 @@
+"""Environment, tiny models and engines for the tests.
+
+Engines run in this process on the CPU. Which of vLLM's runners they use is the environment's
+choice: `make test` runs the tests marked `runners` a second time with Model Runner V2 in Triton's
+interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
+
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+HAVE_VLLM = importlib.util.find_spec("vllm") is not None
+
+if V2 and not torch.cuda.is_available():
+    # Triton has no CPU backend; its interpreter needs one to be listed as active
+    import triton.backends
+
+    active = types.SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=active, compiler=None)
+
+import tiny  # noqa: E402
+from serving import Serve  # noqa: E402
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+        if item.get_closest_marker("engine") and not HAVE_VLLM:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the tiny models by family."""
+    root = tmp_path_factory.mktemp("models")
+    return {family: tiny.make_model(root / family, family) for family in tiny.FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def hf_models(models: dict[str, Path]) -> dict[str, torch.nn.Module]:
+    """The same models as Hugging Face modules in fp32, for the oracle."""
+    return {family: tiny.load_model(folder) for family, folder in models.items()}
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Start engines in this process; the one at hand is shut down when the next starts."""
+    server = Serve()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The real 135M Llama model, fetched once into the user's cache."""
+    from lora_drop_vllm.offline.gguf_model import real_model
+
+    try:
+        return real_model()
+    except RuntimeError as error:
+        pytest.skip(str(error))

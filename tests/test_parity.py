@@ -1,0 +1,110 @@
+"""The served engine against the oracle: every reuse rule, KV mode, injection point and family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import V2
+from oracle import Oracle
+from serving import Serve, settings_of
+from tiny import FAMILIES, load_model, make_adapter
+
+pytestmark = pytest.mark.engine
+
+PROMPT = [5, 9, 300, 17, 44, 2, 8]
+TOKENS = 12 if V2 else 64
+DROP = [3, 5]
+COMBINATIONS = [
+    pytest.param(reuse, kv, injection, id=f"{reuse}-{kv}-{injection}")
+    for reuse in ("previous", "anchor", "update", "none")
+    for kv in ("skip", "write")
+    for injection in ("block", "attn_mlp")
+]
+
+
+@pytest.mark.runners
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("reuse", "kv", "injection"), COMBINATIONS)
+def test_tokens_and_logprobs_are_the_oracles(
+    serve: Serve,
+    models: dict[str, Path],
+    hf_models: dict[str, Any],
+    tmp_path: Path,
+    family: str,
+    reuse: str,
+    kv: str,
+    injection: str,
+) -> None:
+    config, tensors = make_adapter(
+        tmp_path, models[family], drop_layers=DROP, k=7, reuse=reuse, kv=kv, injection=injection
+    )
+    engine = serve(models[family], {"adapter": str(tmp_path)})
+    for k in (1, 3, 7):
+        (got,) = engine.generate([PROMPT], TOKENS, extra_args={"lora_drop_k": k})
+        oracle = Oracle(hf_models[family], settings_of(config, tensors, k=k))
+        want = oracle.decode(PROMPT, TOKENS)
+        assert min(oracle.margins) > 1e-4, "a tie would make the comparison meaningless"
+        assert got.tokens == want
+        torch.testing.assert_close(
+            torch.tensor(got.logprobs), torch.tensor(oracle.logprobs), atol=1e-3, rtol=0
+        )
+    full = sum(-(-TOKENS // (k + 1)) for k in (1, 3, 7))
+    assert engine.counts() == {"full": full, "lora": 3 * TOKENS - full}
+
+
+def test_bf16_stays_close_until_a_tie(
+    serve: Serve, models: dict[str, Path], tmp_path: Path
+) -> None:
+    config, tensors = make_adapter(tmp_path, models["llama"], drop_layers=DROP)
+    engine = serve(models["llama"], {"adapter": str(tmp_path)}, dtype="bfloat16")
+    (got,) = engine.generate([PROMPT], TOKENS)
+    oracle = Oracle(load_model(models["llama"], torch.bfloat16), settings_of(config, tensors))
+    want = oracle.decode(PROMPT, TOKENS)
+    compared = 0
+    for token, logprob, wanted, wanted_logprob, margin in zip(
+        got.tokens, got.logprobs, want, oracle.logprobs, oracle.margins
+    ):
+        assert abs(logprob - wanted_logprob) < 0.1
+        if token != wanted or margin < 0.1:
+            break
+        compared += 1
+    assert compared >= 5
+
+
+def test_untrained_layers_pass_their_input_through(
+    serve: Serve, models: dict[str, Path], hf_models: dict[str, Any]
+) -> None:
+    settings = {"untrained": True, "drop_layers": DROP, "reuse": "none", "k": 3}
+    engine = serve(models["llama"], settings)
+    (got,) = engine.generate([PROMPT], TOKENS)
+    d = hf_models["llama"].config.hidden_size
+    zeros = {
+        f"layers.{i}.lora_{m}.weight": torch.zeros(s)
+        for i in DROP
+        for m, s in (("A", (1, d)), ("B", (d, 1)))
+    }
+    from oracle import Settings
+
+    oracle = Oracle(hf_models["llama"], Settings(DROP, 3, "none", "skip", "block", 1.0, zeros))
+    assert got.tokens == oracle.decode(PROMPT, TOKENS)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("reuse", "kv"), [("update", "skip"), ("previous", "write")])
+def test_real_model_gives_the_oracles_tokens(
+    serve: Serve, real_model: Path, tmp_path: Path, reuse: str, kv: str
+) -> None:
+    drop = list(range(9, 22))
+    config, tensors = make_adapter(
+        tmp_path, real_model, drop_layers=drop, reuse=reuse, kv=kv, r=16
+    )
+    engine = serve(real_model, {"adapter": str(tmp_path)}, kv_cache_memory_bytes=1 << 28)
+    (got,) = engine.generate([PROMPT], 64)
+    oracle = Oracle(load_model(real_model), settings_of(config, tensors))
+    assert got.tokens == oracle.decode(PROMPT, 64)
+    torch.testing.assert_close(
+        torch.tensor(got.logprobs), torch.tensor(oracle.logprobs), atol=1e-3, rtol=0
+    )
