@@ -1,4 +1,4 @@
-"""The update of a drop layer on one set of rows: Triton on CUDA tensors, the reference elsewhere."""
+"""A drop layer's work on a set of rows: Triton on CUDA tensors, the reference elsewhere."""
 
 from __future__ import annotations
 

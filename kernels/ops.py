@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,7 +60,7 @@ def _nothing(*args: object) -> None:
     return None
 
 
-def _register(name: str, signature: str, run: object, fake: object) -> None:
+def _register(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _LIBRARY.define(f"{name}{signature}")
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)

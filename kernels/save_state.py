@@ -1,4 +1,4 @@
-"""Triton kernel that fills the state of a drop layer in a full step, without a pass over all rows."""
+"""Triton kernel that fills a drop layer's state in a full step; only the last rows are read."""
 
 from __future__ import annotations
 

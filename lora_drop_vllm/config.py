@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,7 @@ def _check_types(settings: Mapping[str, Any]) -> None:
     def layer_list(value: Any) -> bool:
         return isinstance(value, list) and all(map(is_int, value)) and len(set(value)) == len(value)
 
-    checks = {
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
         "adapter": (lambda v: isinstance(v, str) and bool(v), "the path of an adapter folder"),
         "untrained": (lambda v: isinstance(v, bool), "true or false"),
         "k": (lambda v: is_int(v) and v >= 0, "an integer, 0 or more (0 switches LoRA-Drop off)"),

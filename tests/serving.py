@@ -106,9 +106,7 @@ class Serve:
             seed=0,
         )
         if settings is not None:
-            defaults |= dict(
-                model_impl="lora_drop", additional_config={"lora_drop": settings}
-            )
+            defaults |= dict(model_impl="lora_drop", additional_config={"lora_drop": settings})
         self.engine = Engine(LLM(str(model), **(defaults | args)))
         return self.engine
 

@@ -143,9 +143,7 @@ def test_requests_with_their_own_k_share_a_batch(
     engine.record()
     prompts = [prompt_of(6), prompt_of(9)]
     params = [
-        SamplingParams(
-            temperature=0, ignore_eos=True, max_tokens=20, extra_args={"lora_drop_k": k}
-        )
+        SamplingParams(temperature=0, ignore_eos=True, max_tokens=20, extra_args={"lora_drop_k": k})
         for k in (1, 3)
     ]
     outputs = engine.llm.generate(

@@ -25,6 +25,20 @@ COMBINATIONS = [
 ]
 
 
+def assert_same(got: Any, want: list[int], oracle: Oracle) -> None:
+    """Equal tokens, log-probabilities within 1e-3; two paths may only part at a tie."""
+    parted = next((n for n, (a, b) in enumerate(zip(got.tokens, want)) if a != b), len(want))
+    if parted < len(want):
+        assert oracle.margins[parted] < 1e-4, f"token {parted}: {got.tokens[parted]}"
+        assert parted > len(want) // 2, "the models are too close to ties to be compared"
+    torch.testing.assert_close(
+        torch.tensor(got.logprobs[:parted]),
+        torch.tensor(oracle.logprobs[:parted]),
+        atol=1e-3,
+        rtol=0,
+    )
+
+
 @pytest.mark.runners
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("reuse", "kv", "injection"), COMBINATIONS)
@@ -46,11 +60,7 @@ def test_tokens_and_logprobs_are_the_oracles(
         (got,) = engine.generate([PROMPT], TOKENS, extra_args={"lora_drop_k": k})
         oracle = Oracle(hf_models[family], settings_of(config, tensors, k=k))
         want = oracle.decode(PROMPT, TOKENS)
-        assert min(oracle.margins) > 1e-4, "a tie would make the comparison meaningless"
-        assert got.tokens == want
-        torch.testing.assert_close(
-            torch.tensor(got.logprobs), torch.tensor(oracle.logprobs), atol=1e-3, rtol=0
-        )
+        assert_same(got, want, oracle)
     full = sum(-(-TOKENS // (k + 1)) for k in (1, 3, 7))
     assert engine.counts() == {"full": full, "lora": 3 * TOKENS - full}
 
@@ -98,13 +108,8 @@ def test_real_model_gives_the_oracles_tokens(
     serve: Serve, real_model: Path, tmp_path: Path, reuse: str, kv: str
 ) -> None:
     drop = list(range(9, 22))
-    config, tensors = make_adapter(
-        tmp_path, real_model, drop_layers=drop, reuse=reuse, kv=kv, r=16
-    )
+    config, tensors = make_adapter(tmp_path, real_model, drop_layers=drop, reuse=reuse, kv=kv, r=16)
     engine = serve(real_model, {"adapter": str(tmp_path)}, kv_cache_memory_bytes=1 << 28)
     (got,) = engine.generate([PROMPT], 64)
     oracle = Oracle(load_model(real_model), settings_of(config, tensors))
-    assert got.tokens == oracle.decode(PROMPT, 64)
-    torch.testing.assert_close(
-        torch.tensor(got.logprobs), torch.tensor(oracle.logprobs), atol=1e-3, rtol=0
-    )
+    assert_same(got, oracle.decode(PROMPT, 64), oracle)

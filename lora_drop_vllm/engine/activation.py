@@ -41,9 +41,9 @@ def install() -> None:
     @wraps(original)
     def verify(self: VllmConfig) -> None:
         model_config = self.model_config
-        if model_config is not None and model_config.model_impl == MODEL_IMPL:
-            if not getattr(model_config, "config_updated", False):  # vLLM's own once-only mark
-                activate(self)
+        wanted = model_config is not None and model_config.model_impl == MODEL_IMPL
+        if wanted and not getattr(model_config, "config_updated", False):  # vLLM's once-only mark
+            activate(self)
         original(self)
 
     verify.lora_drop = True  # type: ignore[attr-defined]

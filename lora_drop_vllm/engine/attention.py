@@ -114,7 +114,9 @@ def _compacted_builder(base: Any, step: StepState) -> Any:
                 common_attn_metadata.slot_mapping.fill_(-1)  # nothing of D is written
                 return None  # and nothing of D attends
             return super().build(
-                common_prefix_len, compact(common_attn_metadata, step.rows(), self.block_size), **kwargs
+                common_prefix_len,
+                compact(common_attn_metadata, step.rows(), self.block_size),
+                **kwargs,
             )
 
     return CompactedMetadataBuilder

@@ -97,7 +97,9 @@ class DropLayer(nn.Module):
         self.sites[-1].save_output(hidden_states, residual)
         return hidden_states, residual
 
-    def lora_step(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> Tensor:
+    def lora_step(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> Tensor:
         """LoRA step: no attention, no MLP; returns x_t^i [T, d] as one tensor."""
         x = hidden_states if residual is None else hidden_states + residual
         written = None if self.kv_proj is None else self._write_kv(positions, x)

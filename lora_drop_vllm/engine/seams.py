@@ -56,7 +56,9 @@ SEAMS: tuple[Seam, ...] = (
         "kv_cache.py",
         ("request", "num_tokens"),
     ),
-    Seam("vllm.v1.kv_cache_spec_registry:register_kv_cache_spec", "kv_cache.py", ("manager_class",)),
+    Seam(
+        "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec", "kv_cache.py", ("manager_class",)
+    ),
     Seam(
         "vllm.v1.attention.backend:subclass_attention_backend_with_overrides",
         "attention.py",
@@ -77,9 +79,7 @@ SEAMS: tuple[Seam, ...] = (
         "runner_v2.py",
         ("input_batch",),
     ),
-    Seam(
-        "vllm.v1.worker.gpu_worker:Worker.execute_model", "worker.py", ("scheduler_output",)
-    ),
+    Seam("vllm.v1.worker.gpu_worker:Worker.execute_model", "worker.py", ("scheduler_output",)),
     # module layouts the drop layer runs on
     Seam(
         "vllm.model_executor.models.llama:LlamaDecoderLayer.forward",
@@ -97,9 +97,7 @@ SEAMS: tuple[Seam, ...] = (
         ("key", "value", "layer_name"),
     ),
     # fields that carry our data
-    Seam(
-        "vllm.v1.metrics.stats:SchedulerStats", "metrics.py", params=("waiting_lora_adapters",)
-    ),
+    Seam("vllm.v1.metrics.stats:SchedulerStats", "metrics.py", params=("waiting_lora_adapters",)),
     Seam(
         "vllm.v1.core.sched.output:SchedulerOutput",
         "scheduler.py",

@@ -36,8 +36,8 @@ def check_supported(vllm_config: VllmConfig, config: LoRADropConfig) -> None:
     sliding = [i for i in config.drop_layers if "sliding" in "".join(layer_types[i : i + 1])]
     if sliding:
         raise LoRADropConfigError(
-            f"lora_drop.drop_layers={list(config.drop_layers)}: layers {sliding} use sliding-window "
-            "attention, which LoRA-Drop does not support; leave them out."
+            f"lora_drop.drop_layers={list(config.drop_layers)}: layers {sliding} use "
+            "sliding-window attention, which LoRA-Drop does not support; leave them out."
         )
 
 

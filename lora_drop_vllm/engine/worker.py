@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_drop_vllm.engine.scheduler import PLAN_ATTRIBUTE
 from lora_drop_vllm.engine.runner_v1 import batch_order_v1
 from lora_drop_vllm.engine.runner_v2 import batch_order_v2
+from lora_drop_vllm.engine.scheduler import PLAN_ATTRIBUTE
 
 
 class PlanReceiver:

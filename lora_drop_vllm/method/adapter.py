@@ -1,4 +1,4 @@
-"""Adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, checked to the letter."""
+"""Adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, strictly checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker keeps for LoRA-Drop: the state vectors c_i by request slot, and the step at hand."""
+"""What a worker keeps: the state vectors c_i by request slot, and the step at hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
-from torch import Tensor
 
 from lora_drop_vllm.method.schedule import Row, StepKind, StepPlan
 

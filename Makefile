@@ -1,0 +1,32 @@
+# The commands of this project. CPU: everything below. GPU: pip install -e '.[cuda,dev]'.
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test check bench clean
+
+install: $(STAMP)
+
+$(STAMP): requirements/cpu.txt requirements/install.sh requirements/vllm_shim/pyproject.toml pyproject.toml
+	sh requirements/install.sh $(VENV)
+	touch $@
+
+demo: install
+	$(BIN)/lora-drop demo
+
+# all tests; those of the model runners a second time, with Model Runner V2 in Triton's interpreter
+test: install check
+	$(BIN)/pytest
+	VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 $(BIN)/pytest -m runners
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/decode_latency.py
+	$(BIN)/python benchmarks/kv_saving.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,86 @@
+"""`lora-drop`: parses the command line and calls; no logic of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from lora_drop_vllm import __version__
+
+DEMO_EXAMPLES = """examples:
+  lora-drop demo
+  lora-drop demo --rho 0.25 --k 1 --tokens 64
+"""
+CHECK_EXAMPLES = """examples:
+  lora-drop check meta-llama/Llama-3.1-8B --adapter ./adapter
+  lora-drop check ./model --adapter ./adapter --json
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except (ValueError, RuntimeError) as error:
+        print(f"lora-drop: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nlora-drop: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lora-drop", description="LoRA-Drop for vLLM")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = _command(commands, "demo", "serve a real 135M model and measure it", DEMO_EXAMPLES)
+    demo.add_argument("--adapter", help="adapter folder (default: the bundled one)")
+    demo.add_argument("--untrained", action="store_true", help="no adapter: B = 0 and g = 1")
+    demo.add_argument("--rho", type=float, help="share of the eligible layers that drop")
+    demo.add_argument("--k", type=int, default=3, help="LoRA steps per full step (default: 3)")
+    demo.add_argument("--tokens", type=int, default=96, help="answer length (default: 96)")
+    demo.add_argument("--port", type=int, help="of the server (default: a free one)")
+    demo.set_defaults(run=_demo)
+
+    check = _command(
+        commands, "check", "say whether a model and an adapter fit, offline", CHECK_EXAMPLES
+    )
+    check.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
+    check.add_argument("--adapter", required=True, type=Path, help="adapter folder")
+    check.add_argument("--json", action="store_true", help="print one JSON object instead")
+    check.set_defaults(run=_check)
+    return parser
+
+
+def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from lora_drop_vllm import demo
+
+    demo.run(demo.settings(arguments), arguments.tokens, arguments.port)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from lora_drop_vllm.offline.check import check
+
+    print(check(arguments.model, arguments.adapter, as_json=arguments.json))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""A `vllm serve` of our own: started on a free port, watched, and always stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+START_SECONDS = 300
+STOP_SECONDS = 30
+# eager: compiling takes minutes; the numbers compare k > 0 with k = 0 under the same settings
+ARGUMENTS = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", "512M"]
+_METRIC = re.compile(r"^vllm:lora_drop_(\w+?)(?:_total)?\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
+
+
+class Server:
+    """Context manager around one server process.
+
+    Attributes:
+        url, name: where the server listens and what it calls the model
+        log: file with all it printed
+    """
+
+    name = "model"
+
+    def __init__(self, model: Path, arguments: list[str], port: int | None = None) -> None:
+        self.port = port or _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = Path(tempfile.mkstemp(prefix="lora_drop_server_", suffix=".log")[1])
+        vllm = Path(sys.executable).with_name("vllm")
+        self._command = [str(vllm), "serve", str(model), "--port", str(self.port)]
+        self._command += ["--served-model-name", self.name, *ARGUMENTS, *arguments]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        with self.log.open("wb") as log:
+            # a session of its own: Ctrl-C reaches us alone, and we stop all its processes
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_healthy(self._process)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ask the server to stop, and make sure that it did."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def client(self) -> Any:
+        """An OpenAI client of this server."""
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def metrics(self) -> dict[str, int]:
+        """LoRA-Drop's counters and gauge at `/metrics`, by name without prefix and suffix."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        return {name: int(float(v)) for name, v in _METRIC.findall(text) if "created" not in name}
+
+    def _wait_until_healthy(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+                raise RuntimeError(f"the server stopped while starting:\n{tail}\nLog: {self.log}")
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            time.sleep(0.5)
+        raise RuntimeError(f"the server was not up after {START_SECONDS} s; log: {self.log}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
