@@ -31,7 +31,6 @@ def _drop_update_kernel(
     """One program per row: A x over blocks of d into a register vector, then B times it."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    owned = slot >= 0
     ranks = tl.arange(0, BLOCK_R)
     rank_mask = ranks < r
 
@@ -58,14 +57,15 @@ def _drop_update_kernel(
             other=0.0,
         ).to(tl.float32)
         out = beta * x + tl.sum(b * low[None, :], axis=1)
+        owned = col_mask & (slot + 0 * cols >= 0)  # a padding row's slot is negative
         if HAS_STATE:
             at = state_ptr + slot * state_stride + cols
-            out += tl.load(at, mask=col_mask & owned, other=0.0).to(tl.float32)
+            out += tl.load(at, mask=owned, other=0.0).to(tl.float32)
         rounded = out.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * out_stride + cols, rounded, mask=col_mask)
         if WRITES_BACK:
             at = state_ptr + slot * state_stride + cols
-            tl.store(at, rounded.to(state_ptr.dtype.element_ty), mask=col_mask & owned)
+            tl.store(at, rounded.to(state_ptr.dtype.element_ty), mask=owned)
 
 
 def drop_update_triton(
