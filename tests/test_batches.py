@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from oracle import Oracle
 from serving import Engine, Serve, longest_lora_run, replay, settings_of
-from tiny import VOCAB, make_adapter
+from tiny import make_adapter, prompt_of
 
 pytestmark = pytest.mark.engine
 
 DROP = [3, 5]
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(1000 * seed + length)
-    return [rng.randrange(3, VOCAB) for _ in range(length)]
 
 
 def check_against_oracle(

@@ -12,11 +12,19 @@ from oracle import Oracle
 from serving import Serve, settings_of
 from tiny import FAMILIES, load_model, make_adapter
 
+from lora_drop_vllm.method.adapter import save_adapter
+
 pytestmark = pytest.mark.engine
 
 PROMPT = [5, 9, 300, 17, 44, 2, 8]
 TOKENS = 12 if V2 else 64
 DROP = [3, 5]
+# "The capital of France is", "Water boils at a temperature of", "def fibonacci(n):\n    if n <"
+TEXT = [
+    [504, 3575, 282, 4649, 314],
+    [12615, 36411, 418, 253, 2779, 282],
+    [1604, 3987, 46477, 24, 94, 727, 472, 585, 304, 2067],
+]
 COMBINATIONS = [
     pytest.param(reuse, kv, injection, id=f"{reuse}-{kv}-{injection}")
     for reuse in ("previous", "anchor", "update", "none")
@@ -65,23 +73,29 @@ def test_tokens_and_logprobs_are_the_oracles(
     assert engine.counts() == {"full": full, "lora": 3 * TOKENS - full}
 
 
-def test_bf16_stays_close_until_a_tie(
-    serve: Serve, models: dict[str, Path], tmp_path: Path
-) -> None:
-    config, tensors = make_adapter(tmp_path, models["llama"], drop_layers=DROP)
-    engine = serve(models["llama"], {"adapter": str(tmp_path)}, dtype="bfloat16")
-    (got,) = engine.generate([PROMPT], TOKENS)
-    oracle = Oracle(load_model(models["llama"], torch.bfloat16), settings_of(config, tensors))
-    want = oracle.decode(PROMPT, TOKENS)
-    compared = 0
-    for token, logprob, wanted, wanted_logprob, margin in zip(
-        got.tokens, got.logprobs, want, oracle.logprobs, oracle.margins
-    ):
-        assert abs(logprob - wanted_logprob) < 0.1
-        if token != wanted or margin < 0.1:
-            break
-        compared += 1
-    assert compared >= 5
+@pytest.mark.model
+def test_bf16_stays_close_until_a_tie(serve: Serve, real_model: Path, tmp_path: Path) -> None:
+    config, tensors = make_adapter(tmp_path, real_model, drop_layers=list(range(10, 17)), r=16)
+    tensors = {n: t * (0.05 if "lora_B" in n else 1) for n, t in tensors.items()}
+    save_adapter(tmp_path, config, tensors)
+    engine = serve(
+        real_model, {"adapter": str(tmp_path)}, dtype="bfloat16", kv_cache_memory_bytes=1 << 28
+    )
+    model = load_model(real_model, torch.bfloat16)
+    differences = []
+    for prompt in TEXT:
+        (got,) = engine.generate([prompt], 16)
+        oracle = Oracle(model, settings_of(config, tensors))
+        want = oracle.decode(prompt, 16)
+        for n in range(16):
+            if oracle.margins[n] < 0.1:
+                break  # a legitimate tie: the two may part here
+            assert got.tokens[n] == want[n]
+            differences.append(abs(got.logprobs[n] - oracle.logprobs[n]))
+    assert len(differences) >= 12, "too many ties: nothing was tested"
+    # stock vLLM and Hugging Face differ by up to 0.17 in bf16 on this model and these prompts
+    assert sum(differences) / len(differences) < 0.1
+    assert max(differences) < 0.3
 
 
 def test_untrained_layers_pass_their_input_through(

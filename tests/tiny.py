@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def make_model(folder: Path, family: str, num_layers: int = 8) -> Path:
                 torch.nn.init.normal_(getattr(layer.self_attn, projection).bias, std=0.5)
     model.save_pretrained(folder)
     return folder
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    """Random tokens, the same for the same arguments."""
+    rng = random.Random(1000 * seed + length)
+    return [rng.randrange(3, VOCAB) for _ in range(length)]
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -1,0 +1,194 @@
+"""Bad settings and bad adapters stop with an error that names the setting, value and way out."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_adapter
+
+from lora_drop_vllm.config import LoRADropConfig, resolve
+from lora_drop_vllm.method.adapter import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    AdapterConfig,
+    BaseModel,
+    load_tensors,
+    read_config,
+)
+
+MODEL = BaseModel("llama", 8, 128)
+UNTRAINED = {"untrained": True}
+
+
+@pytest.fixture
+def adapter(models: dict[str, Path], tmp_path: Path) -> Path:
+    make_adapter(tmp_path / "adapter", models["llama"], drop_layers=[3, 5])
+    return tmp_path / "adapter"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    raw = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(raw | changes))
+
+
+def edit_tensors(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / TENSOR_FILE)
+    change(tensors)
+    save_file(tensors, folder / TENSOR_FILE)
+
+
+BAD_SETTINGS = [
+    ("adapter", r"expected an object"),
+    ({}, r"lora_drop\.adapter: missing; pass --additional-config"),
+    ({"adaptor": "x"}, r"lora_drop\.adaptor: unknown setting; allowed: adapter"),
+    ({"untrained": True, "adapter": "x"}, r"cannot be combined with an adapter"),
+    ({"adapter": "/nowhere"}, r"lora_drop\.adapter='/nowhere': expected a folder"),
+    (UNTRAINED | {"k": -1}, r"lora_drop\.k=-1: expected an integer, 0 or more"),
+    (UNTRAINED | {"k": 1.5}, r"lora_drop\.k=1\.5: expected an integer"),
+    (UNTRAINED | {"k": True}, r"lora_drop\.k=True: expected an integer"),
+    (UNTRAINED | {"rho": 1.5}, r"lora_drop\.rho=1\.5: expected 0 <= rho <= 1"),
+    (UNTRAINED | {"rho": "half"}, r"lora_drop\.rho='half'"),
+    (UNTRAINED | {"reuse": "last"}, r"lora_drop\.reuse='last': expected one of previous"),
+    (UNTRAINED | {"kv": "drop"}, r"lora_drop\.kv='drop': expected one of skip, write"),
+    (UNTRAINED | {"layers": "best"}, r"lora_drop\.layers='best': expected one of contiguous"),
+    (UNTRAINED | {"drop_layers": [2]}, r"layer 2 cannot drop; of 8 layers the first 3 and the la"),
+    (UNTRAINED | {"drop_layers": [7]}, r"layer 7 cannot drop"),
+    (UNTRAINED | {"drop_layers": [40]}, r"layer 40 cannot drop"),
+    (UNTRAINED | {"drop_layers": [3, 3]}, r"a list of layer numbers, each once"),
+    (UNTRAINED | {"drop_layers": [3], "rho": 0.5}, r"leave out lora_drop\.rho"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS, ids=str)
+def test_bad_settings(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(settings, MODEL)
+
+
+BAD_CONFIGS = [
+    ({"colour": 1}, r"unknown key 'colour'; allowed:"),
+    ({"k": -1}, r"k=-1: expected 0 or more"),
+    ({"k": "3"}, r"k='3': expected int"),
+    ({"rho": 1.5}, r"rho=1\.5: expected 0 <= rho <= 1"),
+    ({"rho": 0.9}, r"drop_layers=\[3, 5\]: expected 4 layers"),
+    ({"r": 0}, r"r=0: expected a rank"),
+    ({"format": 2}, r"format=2: expected 1"),
+    ({"peft_type": "LORA"}, r"peft_type='LORA'"),
+    ({"reuse": "x"}, r"reuse='x': expected one of"),
+    ({"kv": "x"}, r"kv='x': expected one of"),
+    ({"injection": "x"}, r"injection='x': expected one of"),
+    ({"drop_layers": [5, 3]}, r"expected ascending layer numbers"),
+    ({"drop_layers": [2, 3]}, r"the first 3 and the last 1 of 8 always run"),
+    ({"drop_layers": [3, 99]}, r"expected ascending layer numbers, each once, from 3 to 6"),
+    ({"head_layers": 2}, r"head_layers=2: expected 3"),
+    ({"base_model": {"model_type": "llama"}}, r"missing key 'base_model\."),
+    ({"base_model": 3}, r"base_model=3: expected an object"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS, ids=str)
+def test_bad_adapter_configs(adapter: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(adapter, **changes)
+    with pytest.raises(ValueError, match=message):
+        resolve({"adapter": str(adapter)}, MODEL)
+
+
+def test_an_adapter_config_without_a_key(adapter: Path) -> None:
+    raw = json.loads((adapter / CONFIG_FILE).read_text())
+    del raw["lora_alpha"]
+    (adapter / CONFIG_FILE).write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="missing key 'lora_alpha'"):
+        resolve({"adapter": str(adapter)}, MODEL)
+
+
+def test_an_adapter_config_that_is_no_json(adapter: Path) -> None:
+    (adapter / CONFIG_FILE).write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        resolve({"adapter": str(adapter)}, MODEL)
+
+
+NAME = "layers.3.lora_A.weight"
+BAD_TENSORS = {
+    "missing": (lambda t: t.pop(NAME), r"missing tensor 'layers\.3\.lora_A\.weight'"),
+    "extra": (lambda t: t.update({"x": torch.ones(1)}), r"unexpected tensor 'x'"),
+    "shape": (
+        lambda t: t.update({NAME: t[NAME].T.contiguous()}),
+        r"has shape \[128, 4\], expected \[4, 128\]",
+    ),
+    "nan": (lambda t: t[NAME][0].fill_(float("nan")), r"lora_A\.weight holds NaN or infinite"),
+    "inf": (lambda t: t[NAME][0].fill_(float("inf")), r"holds NaN or infinite"),
+    "integers": (lambda t: t.update({NAME: t[NAME].int()}), r"is torch\.int32, expected float32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_bad_adapter_tensors(adapter: Path, case: str) -> None:
+    change, message = BAD_TENSORS[case]
+    edit_tensors(adapter, change)
+    with pytest.raises(ValueError, match=message):
+        resolve({"adapter": str(adapter)}, MODEL)
+
+
+def test_a_pickle_is_never_opened(adapter: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (pytest.fail, ("the pickle was loaded",))
+
+    (adapter / TENSOR_FILE).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        resolve({"adapter": str(adapter)}, MODEL)
+    (adapter / TENSOR_FILE).rename(adapter / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"found adapter_model\.bin, which is never read"):
+        resolve({"adapter": str(adapter)}, MODEL)
+
+
+def test_an_adapter_of_another_model(adapter: Path) -> None:
+    for other in (
+        BaseModel("qwen2", 8, 128),
+        BaseModel("llama", 9, 128),
+        BaseModel("llama", 8, 64),
+    ):
+        with pytest.raises(ValueError, match="made for another model"):
+            resolve({"adapter": str(adapter)}, BaseModel(*other))
+
+
+def test_settings_override_the_adapter_where_they_may(adapter: Path) -> None:
+    given = {"adapter": str(adapter), "k": 7, "drop_layers": [5], "reuse": "none", "kv": "write"}
+    config = resolve(given, MODEL)
+    assert (config.k, config.drop_layers, config.reuse, config.kv) == (7, (5,), "none", "write")
+    assert LoRADropConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+    fewer = resolve({"adapter": str(adapter), "rho": 0.25, "layers": "uniform"}, MODEL)
+    assert len(fewer.drop_layers) == 1
+    with pytest.raises(ValueError, match="may only become fewer"):
+        resolve({"adapter": str(adapter), "drop_layers": [3, 4]}, MODEL)
+    with pytest.raises(ValueError, match="may only become fewer; lower rho"):
+        resolve({"adapter": str(adapter), "rho": 0.75}, MODEL)
+    with pytest.raises(ValueError, match=r"lora_drop\.r=8: the adapter decides it"):
+        resolve({"adapter": str(adapter), "r": 8}, MODEL)
+
+
+def test_a_rule_that_needs_gates_needs_an_adapter_with_gates(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    make_adapter(tmp_path, models["llama"], drop_layers=[4], reuse="anchor")
+    assert resolve({"adapter": str(tmp_path), "reuse": "previous"}, MODEL).reuse == "previous"
+    with pytest.raises(ValueError, match="needs gates, which this adapter"):
+        resolve({"adapter": str(tmp_path), "reuse": "update"}, MODEL)
+
+
+def test_k_or_rho_of_zero_switch_the_method_off() -> None:
+    assert not resolve(UNTRAINED | {"k": 0}, MODEL).active
+    assert not resolve(UNTRAINED | {"rho": 0}, MODEL).active
+    assert resolve(UNTRAINED, MODEL).active
+
+
+def test_what_is_saved_is_what_is_read(adapter: Path) -> None:
+    config = read_config(adapter)
+    assert isinstance(config, AdapterConfig) and config.scale == 2.0
+    assert set(load_tensors(adapter, config)) == set(load_file(adapter / TENSOR_FILE))

@@ -1,0 +1,127 @@
+"""What cannot be served stops at start-up; without `--model-impl lora_drop` nothing changes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+UNTRAINED = {"untrained": True}
+
+
+def engine_config(model: Path, settings: Any = UNTRAINED, **args: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    additional = {} if settings is None else {"lora_drop": settings}
+    return EngineArgs(
+        str(model),
+        model_impl="lora_drop",
+        additional_config=additional,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        **args,
+    ).create_engine_config()
+
+
+REFUSED = {
+    "speculation": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "speculative decoding",
+    ),
+    "pipeline": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size > 1"),
+    "tensor": ({"tensor_parallel_size": 2}, "--tensor-parallel-size > 1"),
+    "lora": ({"enable_lora": True}, "--enable-lora"),
+    "fp8_cache": ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    "scheduler": ({"scheduler_cls": "some.Scheduler"}, "--scheduler-cls"),
+    "prompt_embeds": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+    "hybrid": ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unsupported_engine_features(models: dict[str, Path], case: str) -> None:
+    args, feature = REFUSED[case]
+    with pytest.raises(ValueError, match=f"does not support {feature}"):
+        engine_config(models["llama"], **args)
+
+
+def test_no_settings_says_what_to_pass(models: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"needs settings: pass --additional-config"):
+        engine_config(models["llama"], None)
+
+
+def test_bad_settings_reach_the_user(models: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"lora_drop\.k=-1: expected an integer"):
+        engine_config(models["llama"], UNTRAINED | {"k": -1})
+
+
+def mistral(folder: Path, **changes: Any) -> Path:
+    from transformers import MistralConfig
+
+    MistralConfig(
+        architectures=["MistralForCausalLM"],
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        **changes,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_another_architecture(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a MistralForCausalLM; supported are Llama"):
+        engine_config(mistral(tmp_path))
+
+
+def test_sliding_window_layers(models: dict[str, Path], tmp_path: Path) -> None:
+    raw = json.loads((models["qwen2"] / "config.json").read_text())
+    raw |= {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+    raw.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="sliding-window attention"):
+        engine_config(tmp_path)
+
+
+def test_the_plugin_changes_nothing_when_not_asked_for(models: dict[str, Path]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(
+        str(models["llama"]), skip_tokenizer_init=True, enforce_eager=True
+    ).create_engine_config()
+    assert config.scheduler_config.scheduler_cls is None
+    assert config.parallel_config.worker_cls.startswith("vllm.")
+    assert config.model_config.hf_config.architectures == ["LlamaForCausalLM"]
+    assert config.additional_config == {}
+
+
+@pytest.mark.parametrize("settings", [{"k": 0}, {"rho": 0}], ids=str)
+def test_switched_off_the_engine_is_vllms_own(models: dict[str, Path], settings: Any) -> None:
+    config = engine_config(models["llama"], UNTRAINED | settings)
+    assert config.scheduler_config.scheduler_cls is None
+    assert config.parallel_config.worker_cls.startswith("vllm.")
+    assert config.model_config.hf_config.architectures == ["LlamaForCausalLM"]
+
+
+def test_the_server_exits_with_the_message(models: dict[str, Path]) -> None:
+    settings = json.dumps({"lora_drop": UNTRAINED | {"rho": 2}})
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("vllm")),
+            *("serve", str(models["llama"]), "--model-impl", "lora_drop", "--skip-tokenizer-init"),
+            *("--additional-config", settings),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode != 0
+    assert "lora_drop.rho=2: expected 0 <= rho <= 1" in done.stdout + done.stderr
