@@ -1,4 +1,7 @@
-"""A drop layer's work on a set of rows: Triton on CUDA tensors, the reference elsewhere."""
+"""A drop layer's work on a set of rows: Triton on CUDA tensors, the reference elsewhere.
+
+The Triton files must not be named after these functions: importing a submodule sets its name here.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def drop_update(
 ) -> Tensor:
     """Output of one drop layer on a LoRA step; see `reference.drop_update`."""
     if x.is_cuda:
-        from lora_drop_vllm.kernels.drop_update import drop_update_triton
+        from lora_drop_vllm.kernels.triton_update import drop_update_triton
 
         return drop_update_triton(x, state, slots, A, B, scale, beta, writes_back)
     return reference.drop_update(x, state, slots, A, B, scale, beta, writes_back)
@@ -28,7 +31,7 @@ def drop_update(
 def save_input(hidden: Tensor, residual: Tensor, state: Tensor, slots: Tensor) -> None:
     """Keep x_a^{i-1} of each request's last token; see `reference.save_input`."""
     if hidden.is_cuda:
-        from lora_drop_vllm.kernels.save_state import save_state_triton
+        from lora_drop_vllm.kernels.triton_state import save_state_triton
 
         save_state_triton(hidden, residual, state, slots, None, difference=False)
         return
@@ -40,7 +43,7 @@ def save_output(
 ) -> None:
     """Fill c_i after a full step; see `reference.save_output`."""
     if hidden.is_cuda:
-        from lora_drop_vllm.kernels.save_state import save_state_triton
+        from lora_drop_vllm.kernels.triton_state import save_state_triton
 
         save_state_triton(hidden, residual, state, slots, gate, difference=gate is not None)
         return

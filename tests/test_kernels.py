@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lora_drop_vllm.kernels import reference
 
-drop_update = pytest.importorskip("lora_drop_vllm.kernels.drop_update")
-save_state = pytest.importorskip("lora_drop_vllm.kernels.save_state")
+drop_update = pytest.importorskip("lora_drop_vllm.kernels.triton_update")
+save_state = pytest.importorskip("lora_drop_vllm.kernels.triton_state")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOL: dict[torch.dtype, dict[str, float]] = {
@@ -141,3 +141,9 @@ def test_cuda_tensors_take_the_triton_kernel(monkeypatch: pytest.MonkeyPatch) ->
     given = make_inputs(2, 64, 4, torch.float32)
     kernels.drop_update(**given, scale=1.0, beta=1.0, writes_back=False)
     assert calls
+
+
+def test_importing_the_triton_kernels_leaves_the_package_functions_alone() -> None:
+    from lora_drop_vllm import kernels
+
+    assert all(callable(f) for f in (kernels.drop_update, kernels.save_input, kernels.save_output))

@@ -17,7 +17,8 @@ from lora_drop_vllm.method.adapter import save_adapter
 pytestmark = pytest.mark.engine
 
 PROMPT = [5, 9, 300, 17, 44, 2, 8]
-TOKENS = 12 if V2 else 64
+TOKENS = 10 if V2 else 64
+KS = (1, 3) if V2 else (1, 3, 7)
 DROP = [3, 5]
 # "The capital of France is", "Water boils at a temperature of", "def fibonacci(n):\n    if n <"
 TEXT = [
@@ -64,13 +65,13 @@ def test_tokens_and_logprobs_are_the_oracles(
         tmp_path, models[family], drop_layers=DROP, k=7, reuse=reuse, kv=kv, injection=injection
     )
     engine = serve(models[family], {"adapter": str(tmp_path)})
-    for k in (1, 3, 7):
+    for k in KS:
         (got,) = engine.generate([PROMPT], TOKENS, extra_args={"lora_drop_k": k})
         oracle = Oracle(hf_models[family], settings_of(config, tensors, k=k))
         want = oracle.decode(PROMPT, TOKENS)
         assert_same(got, want, oracle)
-    full = sum(-(-TOKENS // (k + 1)) for k in (1, 3, 7))
-    assert engine.counts() == {"full": full, "lora": 3 * TOKENS - full}
+    full = sum(-(-TOKENS // (k + 1)) for k in KS)
+    assert engine.counts() == {"full": full, "lora": len(KS) * TOKENS - full}
 
 
 @pytest.mark.model
