@@ -49,10 +49,8 @@ def bytes_held(model: str, settings: dict[str, Any] | None, prompt: int, tokens:
             most = max(most, free - pool.get_num_free_blocks())
             bar.update()
     config = scheduler.kv_cache_config
-    sizes = {tensor.offset: tensor.size for tensor in config.kv_cache_tensors}
-    total = sizes[0] if settings else sum(t.size for t in config.kv_cache_tensors)
     core.engine_core.shutdown()
-    return most * total // config.num_blocks
+    return most * (config.kv_cache_tensors[0].size // config.num_blocks)  # tensors share the pool
 
 
 def main() -> None:

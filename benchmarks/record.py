@@ -1,4 +1,7 @@
-"""One JSON line per measured run, with all that is needed to read it later."""
+"""One JSON line per measured run, with all that is needed to read it later.
+
+python benchmarks/record.py      renders the newest records into the README
+"""
 
 from __future__ import annotations
 
@@ -72,3 +75,55 @@ def _git(*arguments: str) -> str:
         ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True
     )
     return done.stdout.strip()
+
+
+BEGIN, END = "<!-- rendered by benchmarks/record.py -->", "<!-- end -->"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def newest(name: str) -> list[dict[str, Any]]:
+    """The newest record of a benchmark for each of its settings."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(RESULTS.glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            if record["benchmark"] == name:
+                found[json.dumps(record["settings"], sort_keys=True)] = record
+    return list(found.values())
+
+
+def render() -> str:
+    """The README's tables."""
+    lines = [
+        "| decoding, batch 1 | ρ, k | speed-up over k = 0 | ideal | share of ideal | k = 0 against "
+        "stock | machine |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in newest("decode_latency"):
+        s, m = r["settings"], r["metrics"]
+        lines.append(
+            f"| {s['model']} shape, {'compiled' if s['compile'] else 'eager'} | {s['rho']}, "
+            f"{s['k']} | {m['speed_up_over_k0']:.2f}x | {m['ideal_speed_up']:.2f}x | "
+            f"{m['share_of_ideal']:.2f} | {m['k0_over_stock']:.2f} | {r['machine']['cores']} cores "
+            f"of {r['machine']['cpu']} |"
+        )
+    lines += ["", "| KV at the pool | ρ, k | prompt + generated | saved | Eq. 15 |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for r in newest("kv_saving"):
+        s, m = r["settings"], r["metrics"]
+        lines.append(
+            f"| {s['model']} shape | {s['rho']}, {s['k']} | {s['prompt']} + {s['tokens']} | "
+            f"{m['saved']:.1%} | {m['equation_15']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def rendered_readme() -> str:
+    """The README with its tables as the records have them."""
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{render()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    README.write_text(rendered_readme())

@@ -13,6 +13,9 @@ DEMO_EXAMPLES = """examples:
   lora-drop demo
   lora-drop demo --rho 0.25 --k 1 --tokens 64
 """
+FIT_EXAMPLES = """examples:
+  lora-drop fit ./model --text corpus.txt --drop-layers 10-16 --out ./adapter
+"""
 CHECK_EXAMPLES = """examples:
   lora-drop check meta-llama/Llama-3.1-8B --adapter ./adapter
   lora-drop check ./model --adapter ./adapter --json
@@ -54,6 +57,18 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--adapter", required=True, type=Path, help="adapter folder")
     check.add_argument("--json", action="store_true", help="print one JSON object instead")
     check.set_defaults(run=_check)
+
+    fit = _command(commands, "fit", "fit an adapter in closed form", FIT_EXAMPLES)
+    fit.add_argument("model", type=Path, help="model folder")
+    fit.add_argument("--text", required=True, type=Path, help="plain text to fit on (UTF-8)")
+    fit.add_argument("--out", required=True, type=Path, help="adapter folder to write")
+    fit.add_argument("--drop-layers", required=True, type=_layers, help="such as 10-16 or 5,9,12")
+    fit.add_argument("--k", type=int, default=3, help="default: 3")
+    fit.add_argument("--rank", type=int, default=16, help="default: 16")
+    fit.add_argument("--reuse", default="update", help="anchor, update (default) or none")
+    fit.add_argument("--kv", default="skip", help="skip (default) or write")
+    fit.add_argument("--windows", type=int, default=96, help="of 256 tokens (default: 96)")
+    fit.set_defaults(run=_fit)
     return parser
 
 
@@ -68,10 +83,37 @@ def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.
     return parser
 
 
+def _layers(text: str) -> list[int]:
+    """Parse `10-16` or `5,9,12` into layer numbers."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        layers |= set(range(int(first), int(last or first) + 1))
+    return sorted(layers)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from lora_drop_vllm import demo
 
     demo.run(demo.settings(arguments), arguments.tokens, arguments.port)
+    return 0
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    from lora_drop_vllm.offline.fit import fit
+
+    config = fit(
+        arguments.model,
+        arguments.text.read_text(),
+        arguments.out,
+        drop_layers=arguments.drop_layers,
+        k=arguments.k,
+        rank=arguments.rank,
+        reuse=arguments.reuse,
+        kv=arguments.kv,
+        windows=arguments.windows,
+    )
+    print(f"{arguments.out}: drop layers {config.drop_layers}, rank {config.r}")
     return 0
 
 

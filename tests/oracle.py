@@ -69,6 +69,7 @@ class Oracle:
 
     def _sample(self, x: Tensor) -> None:
         logits = self.model.lm_head(self.model.model.norm(x)).float()
+        self.logits = logits
         best = logits.topk(2).values
         token = int(logits.argmax())
         self.tokens.append(token)

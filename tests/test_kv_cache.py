@@ -39,7 +39,7 @@ def stock_bytes(engine: Engine) -> int:
     """The same for the stock model, whose blocks hold a slot for every token but the last."""
     config = engine.scheduler.kv_cache_config
     blocks = -(-(PROMPT + GENERATED - 1) // config.kv_cache_groups[0].kv_cache_spec.block_size)
-    return blocks * sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+    return blocks * (config.kv_cache_tensors[0].size // config.num_blocks)
 
 
 def gqa_shape(folder: Path) -> Path:

@@ -128,3 +128,25 @@ def test_real_model_gives_the_oracles_tokens(
     (got,) = engine.generate([PROMPT], 64)
     oracle = Oracle(load_model(real_model), settings_of(config, tensors))
     assert_same(got, oracle.decode(PROMPT, 64), oracle)
+
+
+@pytest.mark.skipif(V2, reason="compiled only under V1: the interpreter cannot be compiled")
+def test_the_compiled_model_gives_the_oracles_tokens(
+    serve: Serve, models: dict[str, Path], hf_models: dict[str, Any], tmp_path: Path
+) -> None:
+    """The hardest case for a compiler: state written back, K and V written on the side."""
+    config, tensors = make_adapter(
+        tmp_path,
+        models["llama"],
+        drop_layers=DROP,
+        reuse="previous",
+        kv="write",
+        injection="attn_mlp",
+    )
+    engine = serve(models["llama"], {"adapter": str(tmp_path)}, enforce_eager=False)
+    (got,) = engine.generate([PROMPT], TOKENS)
+    oracle = Oracle(hf_models["llama"], settings_of(config, tensors))
+    assert_same(got, oracle.decode(PROMPT, TOKENS), oracle)
+    model = engine.runner.model
+    assert not model.model.do_not_compile and not model.lora_step_model.do_not_compile
+    assert engine.counts()["lora"] == TOKENS - TOKENS // 4

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -24,9 +25,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from lora_drop_vllm.engine.kv_cache import AlwaysOnSpec, DropLayerSpec
-from lora_drop_vllm.method.cost import packed_block_sizes
+from lora_drop_vllm.method.cost import MAX_WASTE, packed_block_sizes, packing_waste
 from lora_drop_vllm.method.schedule import Row, StepKind
 from lora_drop_vllm.method.state import StepState
+
+logger = init_logger("vllm.lora_drop")
 
 
 class PackedAttention(Attention):
@@ -59,6 +62,7 @@ def pack(attentions: list[Attention], drop_layers: tuple[int, ...], step: StepSt
     backend = attentions[0].get_attn_backend()
     num_drop = len(drop_layers)
     sizes = packed_block_sizes(len(attentions) - num_drop, num_drop, _block_unit(backend))
+    _report(sizes, packing_waste(len(attentions) - num_drop, num_drop, *sizes))
     packed = _packed(backend)
     compacted = _compacted(backend, step)
     for layer, attention in enumerate(attentions):
@@ -66,6 +70,17 @@ def pack(attentions: list[Attention], drop_layers: tuple[int, ...], step: StepSt
         attention.__class__ = CompactedAttention if drops else PackedAttention
         attention.block_size = sizes[drops]
         attention.attn_backend = compacted if drops else packed
+
+
+def _report(sizes: tuple[int, int], waste: float) -> None:
+    log = logger.info if waste <= MAX_WASTE else logger.warning
+    log(
+        "LoRA-Drop KV blocks: %d tokens for always-on layers, %d for drop layers; at most %.1f%% "
+        "of a pool block stays unused%s",
+        *sizes,
+        100 * waste,
+        "" if waste <= MAX_WASTE else "; another number of drop layers packs better",
+    )
 
 
 def _block_unit(backend: type[AttentionBackend]) -> int:

@@ -162,6 +162,11 @@ def become_drop_layer(
     if len(names) == 2:
         layer.post_attention_layernorm.register_forward_pre_hook(_between_sites(*layer.sites))
     attention = layer.self_attn
+    if not config.kv_skips and not hasattr(attention.attn.impl, "do_kv_cache_update"):
+        raise ValueError(
+            f"lora_drop.kv='write': the attention backend {attention.attn.backend.name} cannot "
+            "write K and V alone; use another --attention-backend or lora_drop.kv='skip'."
+        )
     layer.kv_proj = None if config.kv_skips else KVProjection(attention.qkv_proj, attention.q_size)
     layer.kv_layer_name = _encode_layer_name(attention.attn.layer_name)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
@@ -85,3 +86,16 @@ class AlwaysOnSpec(_OwnGroup):
 @dataclass(frozen=True, kw_only=True)
 class DropLayerSpec(_OwnGroup):
     """KV cache of a drop layer under `kv: skip`: a compacted list in token order."""
+
+
+def allow_partial_prefix_hits(coordinator: Any) -> None:
+    """Let a prefix-cache hit end inside a block (the engine then copies that block).
+
+    The two groups' block sizes have a large least common multiple, often more than a prompt, and
+    whole blocks of both groups only end together there. vLLM has partial hits but switches them on
+    for hybrid Mamba models alone.
+    """
+    if isinstance(coordinator, HybridKVCacheCoordinator):
+        coordinator.enable_partial_hash_hits = True
+        for manager in coordinator.single_type_managers:
+            manager.cache_hit_alignment_tokens = coordinator.hash_block_size

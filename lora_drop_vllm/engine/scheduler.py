@@ -8,7 +8,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from lora_drop_vllm.engine import metrics
 from lora_drop_vllm.engine.activation import active_config
-from lora_drop_vllm.engine.kv_cache import DropLayerManager
+from lora_drop_vllm.engine.kv_cache import DropLayerManager, allow_partial_prefix_hits
 from lora_drop_vllm.engine.request_args import request_k
 from lora_drop_vllm.method.schedule import PhaseTracker, Scheduled, StepPlan
 
@@ -40,6 +40,8 @@ class LoRADropScheduler(AsyncScheduler):
         )
         for manager in self.drop_managers:
             manager.tracker = self.tracker
+        if self.drop_managers:
+            allow_partial_prefix_hits(self.kv_cache_manager.coordinator)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         # before super(), which moves num_computed_tokens past this step
