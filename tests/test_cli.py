@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+import tiny
 import torch
 from oracle import Oracle
 from serving import settings_of
-from tiny import VOCAB, make_adapter
+from tiny import make_adapter
 
 from lora_drop_vllm.cli import main
-from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
-from lora_drop_vllm.offline.fit import Schedule, fit_tensors
+from lora_drop_vllm.demo import BUNDLED_ADAPTER
+from lora_drop_vllm.method.adapter import (
+    AdapterConfig,
+    BaseModel,
+    load_tensors,
+    read_config,
+    save_adapter,
+)
+from lora_drop_vllm.offline.fit import Schedule, _fit_layer, fit_tensors
+
+TEXT = (
+    "Bees find their way home by the position of the sun. When the sky is covered, they can still "
+    "see where the sun is, because the light of the sky is polarised. A bee that has found flowers "
+    "tells the others in the hive with a dance how far away they are and in which direction."
+)
 
 
 def test_check_says_what_a_pair_would_save(
@@ -51,18 +64,45 @@ def test_schedule_of_a_window_is_the_served_one() -> None:
 
 
 @pytest.mark.parametrize("reuse", ["anchor", "update", "none"])
-@pytest.mark.parametrize("kv", ["skip", "write"])
-def test_a_fitted_adapter_follows_the_base_model_more_closely(
-    hf_models: dict[str, Any], reuse: str, kv: str
-) -> None:
-    """Teacher-forced through the oracle: less divergence from the base model."""
-    model = hf_models["llama"]
+def test_a_fitted_layer_is_nearer_to_its_target(reuse: str) -> None:
+    """Where a map of rank 4 and a gate are all there is, they are found."""
+    config = AdapterConfig(
+        "", BaseModel("llama", 8, 32), 4, 8.0, 0.5, 3, [3], reuse, "skip", "block"
+    )
+    x, kept, noise = (torch.randn(8, 64, 32) for _ in range(3))
+    low = torch.randn(32, 4) @ torch.randn(4, 32) / 8
+    gate = torch.rand(32)
+    term = {"anchor": kept, "update": x + gate * kept, "none": x}[reuse]
+    target = term + x @ low + 0.01 * noise
+    at = torch.arange(64) % 4 != 3
+    made, update = _fit_layer(x, target, kept, at, config)
+    assert made["lora_A.weight"].shape == (4, 32) and made["lora_B.weight"].shape == (32, 4)
+    assert (update - target)[:, at].std() < 0.1 * (term - target)[:, at].std()
+    if reuse == "update":
+        torch.testing.assert_close(made["gate"], gate, atol=0.2, rtol=0)
+
+
+def test_fit_writes_an_adapter_that_loads(models: dict[str, Path], tmp_path: Path) -> None:
+    from lora_drop_vllm.config import resolve
+
+    model = tiny.load_model(models["llama"])
     base = BaseModel("llama", 8, 128)
-    config = AdapterConfig("", base, 16, 16.0, 0.5, 3, [3, 5], reuse, kv, "block")
-    batch = torch.randint(3, VOCAB, (24, 64))
-    fitted = fit_tensors(model, batch, config, Schedule.of(64, 16, 3))
-    zero = {n: torch.ones_like(t) if "gate" in n else 0 * t for n, t in fitted.items()}
-    window = torch.randint(3, VOCAB, (40,)).tolist()
+    config = AdapterConfig("", base, 4, 4.0, 0.5, 3, [3, 5], "update", "skip", "block")
+    batch = torch.randint(3, tiny.VOCAB, (4, 64))
+    save_adapter(tmp_path, config, fit_tensors(model, batch, config, Schedule.of(64, 16, 3)))
+    assert resolve({"adapter": str(tmp_path)}, base).drop_layers == (3, 5)
+
+
+@pytest.mark.model
+def test_the_bundled_adapter_follows_the_base_model_more_closely(real_model: Path) -> None:
+    """Teacher-forced through the oracle, on text of our own."""
+    from transformers import AutoTokenizer
+
+    model = tiny.load_model(real_model)
+    config = read_config(BUNDLED_ADAPTER)
+    tensors = load_tensors(BUNDLED_ADAPTER, config)
+    zero = {n: torch.ones_like(t) if "gate" in n else 0 * t for n, t in tensors.items()}
+    window = AutoTokenizer.from_pretrained(real_model)(TEXT).input_ids
 
     def divergence(tensors: dict[str, torch.Tensor]) -> float:
         student = Oracle(model, settings_of(config, tensors))
@@ -78,4 +118,4 @@ def test_a_fitted_adapter_follows_the_base_model_more_closely(
             total += float((p.exp() * (p - q)).sum())
         return total
 
-    assert divergence(fitted) < 0.9 * divergence(zero)
+    assert divergence(tensors) < 0.7 * divergence(zero)
