@@ -62,6 +62,7 @@ def activate(vllm_config: VllmConfig) -> None:
     from lora_drop_vllm.engine import metrics, request_args, seams
     from lora_drop_vllm.engine.supported import check_architecture, check_supported
 
+    logger = init_logger("vllm.lora_drop")
     model_config = vllm_config.model_config
     check_architecture(vllm_config, list(ARCHITECTURES))
     seams.check_seams()
@@ -78,7 +79,8 @@ def activate(vllm_config: VllmConfig) -> None:
         if vllm_config.device_config.device_type == "cuda":
             # the captured graphs of full steps must never be replayed for a LoRA step
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-    init_logger("vllm.lora_drop").info("%s", startup_line(model_config.model, config))
+            logger.info("LoRA-Drop runs without CUDA graphs in this version")
+    logger.info("%s", startup_line(model_config.model, config))
 
 
 def active_config(vllm_config: VllmConfig) -> LoRADropConfig:

@@ -35,9 +35,8 @@ class LoRADropScheduler(AsyncScheduler):
             for manager in self.kv_cache_manager.coordinator.single_type_managers
             if isinstance(manager, DropLayerManager)
         ]
-        assert bool(self.drop_managers) == self.lora_drop.kv_skips, (
-            "the drop layers did not get a KV-cache group of their own"
-        )
+        if bool(self.drop_managers) != self.lora_drop.kv_skips:
+            raise RuntimeError("the drop layers did not get a KV-cache group of their own")
         for manager in self.drop_managers:
             manager.tracker = self.tracker
         if self.drop_managers:

@@ -21,7 +21,8 @@ class PlanReceiver:
         plan = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
         if plan is None:
             # before the first request the engine warms its kernels up with steps of its own
-            assert not self._serving, "a step came without a LoRA-Drop plan"
+            if self._serving:
+                raise RuntimeError("the scheduler sent a step without a LoRA-Drop plan")
             return super().execute_model(scheduler_output)  # type: ignore[misc]
         self._serving = True
         order = batch_order_v2 if self.use_v2_model_runner else batch_order_v1
