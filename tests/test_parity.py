@@ -19,6 +19,7 @@ pytestmark = pytest.mark.engine
 PROMPT = [5, 9, 300, 17, 44, 2, 8]
 TOKENS = 10 if V2 else 64
 KS = (1, 3) if V2 else (1, 3, 7)
+SERVED = FAMILIES[:2] if V2 else FAMILIES  # tied embeddings are none of a runner's business
 DROP = [3, 5]
 # "The capital of France is", "Water boils at a temperature of", "def fibonacci(n):\n    if n <"
 TEXT = [
@@ -49,7 +50,7 @@ def assert_same(got: Any, want: list[int], oracle: Oracle) -> None:
 
 
 @pytest.mark.runners
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 @pytest.mark.parametrize(("reuse", "kv", "injection"), COMBINATIONS)
 def test_tokens_and_logprobs_are_the_oracles(
     serve: Serve,
