@@ -155,7 +155,7 @@ def test_an_adapter_of_another_model(adapter: Path) -> None:
         BaseModel("llama", 8, 64),
     ):
         with pytest.raises(ValueError, match="made for another model"):
-            resolve({"adapter": str(adapter)}, BaseModel(*other))
+            resolve({"adapter": str(adapter)}, other)
 
 
 def test_settings_override_the_adapter_where_they_may(adapter: Path) -> None:
