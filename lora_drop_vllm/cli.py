@@ -11,7 +11,7 @@ from lora_drop_vllm import __version__
 
 DEMO_EXAMPLES = """examples:
   lora-drop demo
-  lora-drop demo --rho 0.25 --k 1 --tokens 64
+  lora-drop demo --rho 0.1 --k 1 --tokens 32
 """
 FIT_EXAMPLES = """examples:
   lora-drop fit ./model --text corpus.txt --drop-layers 10-16 --out ./adapter
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--untrained", action="store_true", help="no adapter: B = 0 and g = 1")
     demo.add_argument("--rho", type=float, help="share of the eligible layers that drop")
     demo.add_argument("--k", type=int, default=3, help="LoRA steps per full step (default: 3)")
-    demo.add_argument("--tokens", type=int, default=96, help="answer length (default: 96)")
+    demo.add_argument("--tokens", type=int, default=64, help="answer length (default: 64)")
     demo.add_argument("--port", type=int, help="of the server (default: a free one)")
     demo.set_defaults(run=_demo)
 

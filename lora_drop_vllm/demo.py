@@ -17,7 +17,7 @@ from lora_drop_vllm.method.cost import ideal_speed, packed_block_sizes
 from lora_drop_vllm.offline.gguf_model import real_model
 from lora_drop_vllm.server_process import Server
 
-PROMPT = "Write a short story about a lighthouse keeper and her cat."
+PROMPT = "Explain what a computer program is."
 ROUNDS = 3
 BUNDLED_ADAPTER = Path(__file__).with_name("adapters") / "smollm2-135m-instruct"
 CPU_BLOCK_UNIT = 32  # vLLM's CPU attention takes KV blocks of multiples of 32 tokens
