@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-matrix check bench clean
 
 install: $(STAMP)
 
@@ -18,6 +18,10 @@ demo: install
 test: install check
 	$(BIN)/pytest
 	VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 $(BIN)/pytest -m runners
+
+# every setting on the real model, 64 tokens each: a quarter of an hour
+test-matrix: install
+	$(BIN)/pytest --matrix -m model
 
 check: install
 	$(BIN)/ruff check .

@@ -37,12 +37,18 @@ import tiny  # noqa: E402
 from serving import Serve  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="all settings on the real model too")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
         if item.get_closest_marker("engine") and not HAVE_VLLM:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+        if item.get_closest_marker("matrix") and not config.getoption("--matrix"):
+            item.add_marker(pytest.mark.skip(reason="a setting for `make test-matrix` only"))
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +82,4 @@ def real_model() -> Path:
     """The real 135M Llama model, fetched once into the user's cache."""
     from lora_drop_vllm.offline.gguf_model import real_model
 
-    try:
-        return real_model()
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    return real_model()

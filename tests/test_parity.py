@@ -34,6 +34,8 @@ COMBINATIONS = [
     for injection in ("block", "attn_mlp")
 ]
 
+IN_CI = ("update-skip-block", "previous-write-attn_mlp")  # of the real model; the rest: --matrix
+
 
 def assert_same(got: Any, want: list[int], oracle: Oracle) -> None:
     """Equal tokens, log-probabilities within 1e-3; two paths may only part at a tie."""
@@ -118,17 +120,33 @@ def test_untrained_layers_pass_their_input_through(
     assert got.tokens == oracle.decode(PROMPT, TOKENS)
 
 
+REAL = [
+    pytest.param(*c.values, id=c.id, marks=() if c.id in IN_CI else pytest.mark.matrix)
+    for c in COMBINATIONS
+]
+
+
 @pytest.mark.model
-@pytest.mark.parametrize(("reuse", "kv"), [("update", "skip"), ("previous", "write")])
+@pytest.mark.parametrize(("reuse", "kv", "injection"), REAL)
 def test_real_model_gives_the_oracles_tokens(
-    serve: Serve, real_model: Path, tmp_path: Path, reuse: str, kv: str
+    serve: Serve, real_model: Path, tmp_path: Path, reuse: str, kv: str, injection: str
 ) -> None:
-    drop = list(range(9, 22))
-    config, tensors = make_adapter(tmp_path, real_model, drop_layers=drop, reuse=reuse, kv=kv, r=16)
+    config, tensors = make_adapter(
+        tmp_path,
+        real_model,
+        drop_layers=list(range(9, 22)),
+        k=7,
+        reuse=reuse,
+        kv=kv,
+        injection=injection,
+        r=16,
+    )
     engine = serve(real_model, {"adapter": str(tmp_path)}, kv_cache_memory_bytes=1 << 28)
-    (got,) = engine.generate([PROMPT], 64)
-    oracle = Oracle(load_model(real_model), settings_of(config, tensors))
-    assert_same(got, oracle.decode(PROMPT, 64), oracle)
+    model = load_model(real_model)
+    for k in KS:
+        (got,) = engine.generate([PROMPT], TOKENS, extra_args={"lora_drop_k": k})
+        oracle = Oracle(model, settings_of(config, tensors, k=k))
+        assert_same(got, oracle.decode(PROMPT, TOKENS), oracle)
 
 
 @pytest.mark.skipif(V2, reason="compiled only under V1: the interpreter cannot be compiled")
