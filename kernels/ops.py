@@ -42,6 +42,32 @@ def _drop_update_back(
     return kernels.drop_update(x, state, slots[: x.shape[0]], A, B, scale, beta, True)
 
 
+def _drop_run(
+    x: Tensor,
+    states: Tensor | None,
+    slots: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    beta: float,
+    after: Tensor | None,
+) -> Tensor:
+    return kernels.drop_run(x, states, slots[: x.shape[0]], A, B, scale, beta, False)
+
+
+def _drop_run_back(
+    x: Tensor,
+    states: Tensor,
+    slots: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    beta: float,
+    after: Tensor | None,
+) -> Tensor:
+    return kernels.drop_run(x, states, slots[: x.shape[0]], A, B, scale, beta, True)
+
+
 def _like_x(x: Tensor, *args: object) -> Tensor:
     return torch.empty_like(x)
 
@@ -54,6 +80,12 @@ def _save_output(
     hidden: Tensor, residual: Tensor, state: Tensor, slots: Tensor, gate: Tensor | None
 ) -> None:
     kernels.save_output(hidden, residual, state, slots[: hidden.shape[0]], gate)
+
+
+def _save_between(
+    hidden: Tensor, residual: Tensor, done: Tensor, gate: Tensor, next: Tensor, slots: Tensor
+) -> None:
+    kernels.save_between(hidden, residual, done, gate, next, slots[: hidden.shape[0]])
 
 
 def _nothing(*args: object) -> None:
@@ -82,6 +114,20 @@ _register(
     _like_x,
 )
 _register(
+    "drop_run",
+    "(Tensor x, Tensor? states, Tensor slots, Tensor A, Tensor B, float scale, float beta, "
+    "Tensor? after) -> Tensor",
+    _drop_run,
+    _like_x,
+)
+_register(
+    "drop_run_back",
+    "(Tensor x, Tensor(a!) states, Tensor slots, Tensor A, Tensor B, float scale, float beta, "
+    "Tensor? after) -> Tensor",
+    _drop_run_back,
+    _like_x,
+)
+_register(
     "save_input",
     "(Tensor hidden, Tensor residual, Tensor(a!) state, Tensor slots) -> ()",
     _save_input,
@@ -93,8 +139,18 @@ _register(
     _save_output,
     _nothing,
 )
+_register(
+    "save_between",
+    "(Tensor hidden, Tensor residual, Tensor(a!) done, Tensor gate, Tensor(b!) next, Tensor slots)"
+    " -> ()",
+    _save_between,
+    _nothing,
+)
 
 drop_update = torch.ops.lora_drop.drop_update  # leaves the state as it is
 drop_update_back = torch.ops.lora_drop.drop_update_back  # replaces it by the result (`previous`)
+drop_run = torch.ops.lora_drop.drop_run  # a run of layers, stacked
+drop_run_back = torch.ops.lora_drop.drop_run_back
 save_input = torch.ops.lora_drop.save_input
 save_output = torch.ops.lora_drop.save_output
+save_between = torch.ops.lora_drop.save_between

@@ -48,6 +48,36 @@ def drop_update(
     return result
 
 
+def drop_run(
+    x: Tensor,
+    states: Tensor | None,
+    slots: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    beta: float,
+    writes_back: bool,
+) -> Tensor:
+    """Output of L consecutive drop layers on a LoRA step: `drop_update`, L times (Eq. 4).
+
+    Each layer's output is rounded to the dtype of `x` before the next one takes it up.
+
+    Args:
+        x:      [T, d]     input of the first layer
+        states: [L, S, d]  c_i of each layer by slot, or None where the rule keeps none
+        slots:  [T]        slot of each row in every layer, negative for padding
+        A, B:   [L, r, d], [L, d, r]
+        writes_back: replace each c_i by the layer's result (`previous`)
+
+    Returns:
+        [T, d] output of the last layer; padding rows hold no meaning.
+    """
+    for i in range(len(A)):
+        state = None if states is None else states[i]
+        x = drop_update(x, state, slots, A[i], B[i], scale, beta, writes_back)
+    return x
+
+
 def save_input(hidden: Tensor, residual: Tensor, state: Tensor, slots: Tensor) -> None:
     """state[slot] = x_a^{i-1} = hidden + residual, for rows that own a slot; the rest untouched.
 
@@ -81,6 +111,54 @@ def save_output(
     if gate is not None:
         x = gate.float() * (x.float() - state.index_select(0, owners).float())
     state.index_copy_(0, owners, x.to(state.dtype))
+
+
+def save_between(
+    hidden: Tensor, residual: Tensor, done: Tensor, gate: Tensor, next: Tensor, slots: Tensor
+) -> None:
+    """Between two drop layers in a full step (`update`): fill c_i of one, start the other.
+
+    With x_a^i = hidden + residual: done[slot] = gate * (x_a^i - done[slot]), next[slot] = x_a^i.
+
+    Args:
+        hidden, residual: [T, d]  what leaves the one layer and enters the other
+        done, next:       [S, d]  their states; `done` holds x_a^{i-1}
+        gate:             [d]     of the layer that is done
+        slots:            [T]
+    """
+    save_output(hidden, residual, done, slots, gate)
+    save_input(hidden, residual, next, slots)
+
+
+def compact_slots(
+    starts: Tensor,
+    cache_lens: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
+    block_size: int,
+) -> None:
+    """KV slots and lengths of a full step's tokens in the drop layers' compacted lists.
+
+    Token j of request q becomes entry e = cache_lens[q] + j of that request's list, in slot
+    block_table[q, e // block_size] * block_size + e % block_size.
+
+    Args:
+        starts:      [num_reqs + 1]  first token of each request, then the number of tokens;
+            requests of no tokens (padding) come last
+        cache_lens:  [num_reqs]      entries in each request's list so far, 0 for padding
+        block_table: [num_reqs, max_blocks]
+        slots:       [tokens]        written: the slot of each token, -1 behind the last one
+        seq_lens:    [num_reqs]      written: entries in each list with this step's tokens
+        block_size:  entries of a block
+    """
+    query_lens = starts.diff()
+    seq_lens.copy_(cache_lens + query_lens)
+    request = torch.repeat_interleave(query_lens)
+    entry = torch.arange(len(request), device=starts.device) - starts[request] + cache_lens[request]
+    block = block_table[request, entry // block_size].to(slots.dtype)
+    slots[: len(request)] = block * block_size + entry % block_size
+    slots[len(request) :] = -1
 
 
 def _scatter(state: Tensor, slots: Tensor, rows: Tensor) -> None:
