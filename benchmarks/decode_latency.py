@@ -2,157 +2,105 @@
 
 One engine per variant, all alive at once in processes of their own, measured in turn: the machine's
 drift then hits all of them alike. Ratios are taken round by round, and their median is the result.
+On a GPU the engines are compiled and use CUDA graphs; on a CPU they are eager unless told.
 
     python benchmarks/decode_latency.py
-    python benchmarks/decode_latency.py --model 1b --rho 0.5 --k 3 --rounds 9
+    python benchmarks/decode_latency.py --model 1b --rounds 5 --tokens 33
+    python benchmarks/decode_latency.py --model llama-3-8b --rho 0.25 --k 1 3 5 --batch 1 8
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import multiprocessing
-import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import record
+from engines import SHAPES, Engine, make_shape
 from tqdm import tqdm
 
 from lora_drop_vllm.method.cost import ideal_speed
 from lora_drop_vllm.method.layers import choose_layers, eligible_layers, num_drop_layers
 
-SHAPES = {
-    "1b": dict(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32000,
-    ),
-    "135m": dict(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-}
+Times = dict[str, list[list[float]]]  # by variant and round, the milliseconds of each step
 
 
-def make_shape(folder: Path, name: str, num_layers: int) -> Path:
-    """A folder with nothing but a config, for dummy weights."""
-    from transformers import LlamaConfig
-
-    shape = SHAPES[name] | {"num_hidden_layers": num_layers}
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"], max_position_embeddings=2048, dtype="bfloat16", **shape
-    ).save_pretrained(folder)
-    return folder
-
-
-def serve(pipe: Any, model: str, settings: dict[str, Any] | None, arguments: Any) -> None:
-    """A process with one engine: for each token count asked for, the times of the steps."""
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        HF_HUB_OFFLINE="1",
-        VLLM_NO_USAGE_STATS="1",
-        VLLM_LOGGING_LEVEL="ERROR",
+def engine_arguments(given: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of every engine, sized for the largest batch asked for."""
+    shape = SHAPES[given.model]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    per_token = 4 * shape["num_hidden_layers"] * kv_heads * shape["hidden_size"] // heads
+    length = given.prompt + given.tokens
+    return dict(
+        enforce_eager=not given.compile,
+        max_model_len=length + 64,
+        max_num_seqs=max(given.batch),
+        # a block of slack for each request in each of the two groups of layers
+        kv_cache_memory_bytes=max((length + 512) * max(given.batch) * per_token, 1 << 28),
+        compilation_config={"cudagraph_capture_sizes": sorted(given.batch)},
     )
-    from vllm import LLM, SamplingParams
-
-    extra: dict[str, Any] = {}
-    if settings is not None:
-        extra = dict(model_impl="lora_drop", additional_config={"lora_drop": settings})
-    llm = LLM(
-        model,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        enforce_eager=not arguments.compile,
-        max_model_len=1024,
-        kv_cache_memory_bytes=1 << 28,
-        enable_prefix_caching=False,
-        seed=0,
-        **extra,
-    )
-    core = llm.llm_engine
-    pipe.send("ready")
-    while (count := pipe.recv()) is not None:
-        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-        prompt = [7 + n % 500 for n in range(arguments.prompt)]
-        core.add_request("r", {"prompt_token_ids": prompt}, params)
-        times = []
-        while core.has_unfinished_requests():
-            start = time.perf_counter()
-            core.step()
-            times.append(1000 * (time.perf_counter() - start))
-        pipe.send(times[1:])  # without the prompt
 
 
-class Engine:
-    """The other end of `serve`."""
-
-    def __init__(self, *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, *arguments), daemon=True)
-        self.process.start()
-        other.close()
-        assert self.pipe.recv() == "ready"
-
-    def decode(self, count: int) -> list[float]:
-        """Milliseconds of each decode step of one request."""
-        self.pipe.send(count)
-        times: list[float] = self.pipe.recv()
-        return times
-
-    def close(self) -> None:
-        """Stop the process."""
-        self.pipe.send(None)
-        self.process.join(20)
-        self.process.kill()
+def start(given: argparse.Namespace, scratch: Path) -> dict[str, Engine]:
+    """The engines of all variants, up and warm."""
+    layers = SHAPES[given.model]["num_hidden_layers"]
+    full = str(make_shape(scratch / "full", given.model))
+    half = str(make_shape(scratch / "half", given.model, layers // 2))
+    ours = {"untrained": True, "drop_layers": drop_layers(given)}
+    variants: dict[str, tuple[str, dict[str, Any] | None]] = {
+        "stock": (full, None),
+        "fewer_layers": (half, None),
+        "lora_drop": (full, ours | {"k": max(given.k)}),
+        "k0": (full, ours | {"k": 0}),
+    }
+    engines = {
+        name: Engine(folder, settings, engine_arguments(given))
+        for name, (folder, settings) in variants.items()
+    }
+    for engine in tqdm(engines.values(), desc="Starting engines"):
+        engine.wait()
+    return engines
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run all variants in turn; returns settings and metrics of the record."""
-    num_layers = SHAPES[arguments.model]["num_hidden_layers"]
-    fewer = num_layers // 2
-    drop = choose_layers(
-        "contiguous", num_drop_layers(arguments.rho, num_layers), eligible_layers(num_layers)
-    )
-    given = {"untrained": True, "drop_layers": drop}
-    with tempfile.TemporaryDirectory() as scratch:
-        model = str(make_shape(Path(scratch) / "full", arguments.model, num_layers))
-        half = str(make_shape(Path(scratch) / "half", arguments.model, fewer))
-        variants = {
-            "stock": (model, None),
-            "k0": (model, given | {"k": 0}),
-            "lora_drop": (model, given | {"k": arguments.k}),
-            "fewer_layers": (half, None),
-        }
-        engines = {}
-        for name, (folder, settings) in tqdm(variants.items(), desc="Starting engines"):
-            engines[name] = Engine(folder, settings, arguments)
-        rounds: dict[str, list[list[float]]] = {name: [] for name in engines}
-        for n in tqdm(range(arguments.rounds + 1), desc="Measuring"):
-            for name, engine in engines.items():
-                times = engine.decode(arguments.tokens)
-                if n:  # the first round warms up
-                    rounds[name].append(times)
-        for engine in engines.values():
-            engine.close()
-    return _metrics(rounds, num_layers, fewer, drop, arguments.k)
+def drop_layers(given: argparse.Namespace) -> list[int]:
+    """D: the middle run for the share asked for."""
+    layers = SHAPES[given.model]["num_hidden_layers"]
+    count = num_drop_layers(given.rho, layers)
+    return choose_layers("contiguous", count, eligible_layers(layers))
 
 
-def _metrics(
-    rounds: dict[str, list[list[float]]], num_layers: int, fewer: int, drop: list[int], k: int
-) -> dict[str, Any]:
+def measure(
+    engines: dict[str, Engine], given: argparse.Namespace, batch: int, k: int
+) -> tuple[Times, dict[str, int]]:
+    """All variants in turn, round by round; the first round warms up.
+
+    Returns the times, and by variant the most GPU memory held.
+
+    Raises:
+        RuntimeError: the LoRA steps did not run as scheduled.
+    """
+    rounds: Times = {name: [] for name in engines}
+    held = {}
+    for n in tqdm(range(given.rounds + 1), desc=f"batch {batch}, k {k}"):
+        for name, engine in engines.items():
+            own_k = k if name == "lora_drop" else None
+            found = engine.decode(batch, given.prompt, given.tokens, own_k)
+            # of the tokens behind the prompts', one step in k + 1 is full
+            wanted = (given.tokens - 1) - (given.tokens - 1) // (k + 1)
+            if name == "lora_drop" and abs(found["lora_steps"] - wanted) > 1:
+                raise RuntimeError(f"{found['lora_steps']} LoRA steps instead of {wanted}")
+            held[name] = found["gpu_bytes"]
+            if n:
+                rounds[name].append(found["times"])
+    return rounds, held
+
+
+def metrics_of(rounds: Times, layers: int, drop: list[int], k: int) -> dict[str, Any]:
+    """Ratios of a measurement, its ideal, and the milliseconds behind them."""
     typical = {
         name: [statistics.median(t) for t in times]
         for name, times in rounds.items()
@@ -163,23 +111,29 @@ def _metrics(
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(typical[a], typical[b], strict=True))
 
-    step = statistics.median(typical["k0"])
-    layer = (step - statistics.median(typical["fewer_layers"])) / (num_layers - fewer)
-    rest = step - num_layers * layer
-    ideal = ideal_speed([layer] * num_layers, drop, k, rest)
-    speed = ratio("k0", "lora_drop")
+    step = statistics.median(typical["stock"])
+    fewer = layers // 2
+    layer = (step - statistics.median(typical["fewer_layers"])) / (layers - fewer)
+    rest = step - layers * layer
+    ideal = ideal_speed([layer] * layers, drop, k, rest)
+    speed = ratio("stock", "lora_drop")
+    steps = [t for times in rounds["lora_drop"] for t in enumerate(times)]
+    lora = statistics.median(t for n, t in steps if n % (k + 1) < k)
     everything = {name: [t for times in runs for t in times] for name, runs in rounds.items()}
     return {
-        "speed_up_over_k0": round(speed, 3),
+        "speed_up": round(speed, 3),
         "ideal_speed_up": round(ideal, 3),
         "share_of_ideal": round(speed / ideal, 3),
         "k0_over_stock": round(ratio("k0", "stock"), 3),
         "layer_ms": round(layer, 3),
         "rest_ms": round(rest, 3),
-        "ms_per_token": {name: round(statistics.median(t), 2) for name, t in typical.items()},
-        "p50_ms": {name: round(statistics.median(t), 2) for name, t in everything.items()},
+        "lora_step_ms": round(lora, 3),
+        "full_step_ms": round(statistics.median(t for n, t in steps if n % (k + 1) == k), 3),
+        "lora_step_over_ideal": round(lora / (step - len(drop) * layer), 3),
+        "ms_per_token": {name: round(statistics.median(t), 3) for name, t in typical.items()},
+        "p50_ms": {name: round(statistics.median(t), 3) for name, t in everything.items()},
         "p95_ms": {
-            name: round(statistics.quantiles(t, n=20)[-1], 2) for name, t in everything.items()
+            name: round(statistics.quantiles(t, n=20)[-1], 3) for name, t in everything.items()
         },
     }
 
@@ -190,22 +144,43 @@ def _cycle_median(times: list[float], period: int) -> float:
     return statistics.median(statistics.fmean(times[i : i + period]) for i in windows)
 
 
-def main() -> None:
-    """Parse, measure, print, record."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    import torch
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=SHAPES, default="135m", help="shape, dummy weights")
     parser.add_argument("--rho", type=float, default=0.5)
-    parser.add_argument("--k", type=int, default=3)
+    parser.add_argument("--k", type=int, nargs="+", default=[3])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="requests at once")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--tokens", type=int, default=49, help="generated tokens per measurement")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--compile", action="store_true", help="compiled instead of eager")
-    arguments = parser.parse_args()
-    metrics = measure(arguments)
-    print(json.dumps(metrics, indent=2))
-    record.write("decode_latency", vars(arguments), metrics)
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="compiled instead of eager",
+    )
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Measure every k and batch, print, record."""
+    given = parse()
+    layers = SHAPES[given.model]["num_hidden_layers"]
+    with tempfile.TemporaryDirectory() as scratch:
+        engines = start(given, Path(scratch))
+        for batch, k in itertools.product(given.batch, given.k):
+            rounds, held = measure(engines, given, batch, k)
+            metrics = metrics_of(rounds, layers, drop_layers(given), k) | {"gpu_bytes": held}
+            settings = {"batch": batch, "k": k}
+            print(json.dumps(settings | metrics, indent=2))
+            record.write("decode_latency", vars(given) | settings, metrics)
+        for engine in engines.values():
+            engine.close()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import record
-from decode_latency import SHAPES, make_shape
+from engines import SHAPES, lora_drop, make_shape, quiet
 from tqdm import tqdm
 
 from lora_drop_vllm.method.cost import kv_saving
@@ -25,9 +24,6 @@ def bytes_held(model: str, settings: dict[str, Any] | None, prompt: int, tokens:
     """Most bytes of the pool's blocks that one request holds."""
     from vllm import LLM, SamplingParams
 
-    extra: dict[str, Any] = {}
-    if settings is not None:
-        extra = dict(model_impl="lora_drop", additional_config={"lora_drop": settings})
     llm = LLM(
         model,
         load_format="dummy",
@@ -35,7 +31,7 @@ def bytes_held(model: str, settings: dict[str, Any] | None, prompt: int, tokens:
         enforce_eager=True,
         max_model_len=prompt + tokens,
         kv_cache_memory_bytes=1 << 28,
-        **extra,
+        **lora_drop(settings),
     )
     core = llm.llm_engine
     scheduler = core.engine_core.engine_core.scheduler
@@ -64,13 +60,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=1024)
     arguments = parser.parse_args()
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR"
-    )
+    quiet()
     layers = SHAPES[arguments.model]["num_hidden_layers"]
     settings = {"untrained": True, "rho": arguments.rho, "k": arguments.k}
     with tempfile.TemporaryDirectory() as scratch:
-        model = str(make_shape(Path(scratch) / "model", arguments.model, layers))
+        model = str(make_shape(Path(scratch) / "model", arguments.model))
         ours = bytes_held(model, settings, arguments.prompt, arguments.tokens)
         stock = bytes_held(model, None, arguments.prompt, arguments.tokens)
     formula = kv_saving(layers, num_drop_layers(arguments.rho, layers), arguments.k)

@@ -93,7 +93,24 @@ def test_slots_point_at_the_last_row_of_each_request() -> None:
     assert [row.slot for row in state.rows()] == [0, 2, 1]
     assert state.slots[:8].tolist() == [0, -1, -1, 2, -1, 1, -1, -1]
     state.end()
-    assert state.slots.eq(-1).all() and state.kind is FULL and not state.in_step
+    state.begin(StepPlan(LORA, {"c": Row(1, 2, 1)}), lambda: ["c"])
+    state.rows()
+    assert state.slots.tolist() == [1] + 15 * [-1]  # nothing is left of the step before
+    state.end()
+    assert state.kind is FULL and not state.in_step
+    assert state.rows() == () and state.slots.eq(-1).all()
+
+
+def test_a_step_is_counted_as_the_kind_that_ran() -> None:
+    state = StepState(1, 4, 16, 8, torch.float32, torch.device("cpu"))
+    state.rehearse(LORA)
+    state.ran(LORA)
+    assert state.kind is LORA and state.counts == {FULL: 0, LORA: 0}
+    state.begin(StepPlan(LORA, {"a": Row(0, 2, 1)}), lambda: ["a"])
+    state.ran(LORA)
+    assert state.counts == {FULL: 0, LORA: 1}
+    with pytest.raises(RuntimeError, match="a lora step was run as a full step"):
+        state.ran(FULL)
 
 
 def test_number_of_drop_layers_counts_eligible_layers_only() -> None:

@@ -150,17 +150,30 @@ def test_real_model_gives_the_oracles_tokens(
 
 
 @pytest.mark.skipif(V2, reason="compiled only under V1: the interpreter cannot be compiled")
+@pytest.mark.parametrize(
+    ("reuse", "kv", "injection"),
+    [
+        pytest.param("update", "skip", "block", id="default"),
+        # hard for a compiler: state written back, K and V written on the side
+        pytest.param("previous", "write", "attn_mlp", id="hardest"),
+    ],
+)
 def test_the_compiled_model_gives_the_oracles_tokens(
-    serve: Serve, models: dict[str, Path], hf_models: dict[str, Any], tmp_path: Path
+    serve: Serve,
+    models: dict[str, Path],
+    hf_models: dict[str, Any],
+    tmp_path: Path,
+    reuse: str,
+    kv: str,
+    injection: str,
 ) -> None:
-    """The hardest case for a compiler: state written back, K and V written on the side."""
     config, tensors = make_adapter(
         tmp_path,
         models["llama"],
-        drop_layers=DROP,
-        reuse="previous",
-        kv="write",
-        injection="attn_mlp",
+        drop_layers=[3, 4, 6],
+        reuse=reuse,
+        kv=kv,
+        injection=injection,
     )
     engine = serve(models["llama"], {"adapter": str(tmp_path)}, enforce_eager=False)
     (got,) = engine.generate([PROMPT], TOKENS)

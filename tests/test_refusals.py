@@ -35,7 +35,6 @@ REFUSED = {
         "speculative decoding",
     ),
     "pipeline": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size > 1"),
-    "tensor": ({"tensor_parallel_size": 2}, "--tensor-parallel-size > 1"),
     "lora": ({"enable_lora": True}, "--enable-lora"),
     "fp8_cache": ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
     "scheduler": ({"scheduler_cls": "some.Scheduler"}, "--scheduler-cls"),

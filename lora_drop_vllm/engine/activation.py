@@ -56,7 +56,6 @@ def activate(vllm_config: VllmConfig) -> None:
     Raises:
         LoRADropConfigError: settings, model or engine features that cannot be served.
     """
-    from vllm.config.compilation import CUDAGraphMode
     from vllm.logger import init_logger
 
     from lora_drop_vllm.engine import metrics, request_args, seams
@@ -76,10 +75,6 @@ def activate(vllm_config: VllmConfig) -> None:
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.device_config.device_type]
         metrics.install()
-        if vllm_config.device_config.device_type == "cuda":
-            # the captured graphs of full steps must never be replayed for a LoRA step
-            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-            logger.info("LoRA-Drop runs without CUDA graphs in this version")
     logger.info("%s", startup_line(model_config.model, config))
 
 

@@ -24,6 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from lora_drop_vllm import kernels
 from lora_drop_vllm.engine.kv_cache import AlwaysOnSpec, DropLayerSpec
 from lora_drop_vllm.method.cost import MAX_WASTE, packed_block_sizes, packing_waste
 from lora_drop_vllm.method.schedule import Row, StepKind
@@ -124,20 +125,28 @@ def _compacted_builder(base: Any, step: StepState) -> Any:
     class CompactedMetadataBuilder(base):  # type: ignore[misc]
         """The backend's builder, fed with the compacted lengths and slots."""
 
+        def __init__(self, spec: Any, layers: list[str], vllm_config: Any, device: Any) -> None:
+            super().__init__(spec, layers, vllm_config, device)
+            # captured graphs read the lengths from here
+            size = vllm_config.scheduler_config.max_num_seqs
+            self.compacted_lens = torch.zeros(size, dtype=torch.int32, device=device)
+
         def build(self, common_prefix_len: int, common_attn_metadata: Any, **kwargs: Any) -> Any:
             if step.kind is StepKind.LORA:
-                common_attn_metadata.slot_mapping.fill_(-1)  # nothing of D is written
-                return None  # and nothing of D attends
-            return super().build(
-                common_prefix_len,
-                compact(common_attn_metadata, step.rows(), self.block_size),
-                **kwargs,
-            )
+                return None  # nothing of D attends, nothing is written
+            lens = self.compacted_lens[: common_attn_metadata.num_reqs]
+            common = compact(common_attn_metadata, step.rows(), self.kv_cache_spec.block_size, lens)
+            return super().build(common_prefix_len, common, **kwargs)
+
+        def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+            if step.kind is StepKind.LORA:
+                return None
+            return super().build_for_cudagraph_capture(common_attn_metadata)
 
     return CompactedMetadataBuilder
 
 
-def compact(common: Any, rows: Sequence[Row], block_size: int) -> Any:
+def compact(common: Any, rows: Sequence[Row], block_size: int, seq_lens: Tensor) -> Any:
     """Common attention metadata of a full step, on the compacted lists.
 
     The slots are rewritten in place: the operator that writes K and V takes them from that
@@ -145,34 +154,30 @@ def compact(common: Any, rows: Sequence[Row], block_size: int) -> Any:
 
     Args:
         common: `CommonAttentionMetadata` in true positions
-        rows: the batch's requests in its order; none outside a step (profiling, warm-up)
+        rows: the batch's requests in its order; none outside a step (profiling, graph capture)
         block_size: tokens per block of the drop layers
+        seq_lens: [num_reqs]  filled with the lengths of the compacted lists
 
     Returns:
-        A copy with `seq_lens` [num_reqs] and `max_seq_len` of the compacted lists.
+        A copy with `seq_lens`, and `max_seq_len` to match.
     """
-    starts = common.query_start_loc_cpu[: common.num_reqs + 1].long()
-    query_lens = starts.diff()
-    before = torch.zeros(common.num_reqs, dtype=torch.int64)
-    before[: len(rows)] = torch.tensor([row.cache_len for row in rows], dtype=torch.int64)
-    seq_lens = (before + query_lens).to(common.seq_lens.dtype)
-    if rows:
-        request = torch.repeat_interleave(torch.arange(len(before)), query_lens)
-        index = torch.arange(int(starts[-1])) - starts[request] + before[request]
-        _write_slots(common.slot_mapping, common.block_table_tensor, request, index, block_size)
+    if not rows:
+        seq_lens.copy_(common.seq_lens)
+        return replace(common, seq_lens=seq_lens)
+    before = torch.zeros(common.num_reqs, dtype=torch.int32, pin_memory=seq_lens.is_cuda)
+    before[: len(rows)] = torch.tensor([row.cache_len for row in rows], dtype=torch.int32)
+    kernels.compact_slots(
+        common.query_start_loc[: common.num_reqs + 1],
+        before.to(seq_lens.device, non_blocking=True),
+        common.block_table_tensor,
+        common.slot_mapping,
+        seq_lens,
+        block_size,
+    )
+    upper = before + common.query_start_loc_cpu[: common.num_reqs + 1].diff()
     return replace(
         common,
-        seq_lens=seq_lens.to(common.seq_lens.device, non_blocking=True),
-        seq_lens_cpu_upper_bound=seq_lens,
-        max_seq_len=int(seq_lens.max()),
+        seq_lens=seq_lens,
+        seq_lens_cpu_upper_bound=upper,
+        max_seq_len=int(upper.max()),
     )
-
-
-def _write_slots(
-    slots: Tensor, block_table: Tensor, request: Tensor, index: Tensor, block_size: int
-) -> None:
-    """slots[t] = slot of entry index[t] in the list of request[t]; nothing for padding rows."""
-    device, num_tokens = slots.device, request.numel()
-    block = block_table[request.to(device), (index // block_size).to(device)].to(slots.dtype)
-    slots[:num_tokens] = block * block_size + (index % block_size).to(device)
-    slots[num_tokens:].fill_(-1)

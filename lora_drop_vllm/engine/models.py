@@ -15,7 +15,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
 from lora_drop_vllm.engine import attention
 from lora_drop_vllm.engine.activation import active_config
-from lora_drop_vllm.engine.drop_layer import DropLayer, become_drop_layer
+from lora_drop_vllm.engine.drop_layer import DropLayer, make_drop_layers
 from lora_drop_vllm.method.adapter import load_tensors, read_config
 from lora_drop_vllm.method.reuse import SITES
 from lora_drop_vllm.method.schedule import StepKind
@@ -40,7 +40,7 @@ class LoRAStepModel(nn.Module):
         hidden, residual = embed(input_ids), None
         for layer in layers:
             if isinstance(layer, DropLayer):
-                hidden, residual = layer.lora_step(positions, hidden, residual), None
+                hidden, residual = layer.lora_step(positions, hidden, residual)
             else:
                 hidden, residual = layer(positions, hidden, residual)
         hidden, _ = norm(hidden, residual)
@@ -61,25 +61,21 @@ class LoRADropModel(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = active_config(vllm_config)
         scheduler = vllm_config.scheduler_config
-        sites = len(SITES[config.injection])
         self.lora_drop = StepState(
-            num_sites=sites * len(config.drop_layers),
+            num_sites=len(SITES[config.injection]) * len(config.drop_layers),
             max_requests=scheduler.max_num_seqs,
             max_tokens=scheduler.max_num_batched_tokens,
             hidden_size=config.hidden_size,
             dtype=vllm_config.model_config.dtype,
             device=torch.get_default_device(),
         )
-        tensors = _adapter_tensors(config.adapter)
-        for n, index in enumerate(config.drop_layers):
-            become_drop_layer(
-                self.model.layers[index],
-                index,
-                config,
-                tensors,
-                self.lora_drop.states[n * sites : (n + 1) * sites],
-                self.lora_drop.slots,
-            )
+        make_drop_layers(
+            self.model.layers,
+            config,
+            _adapter_tensors(config.adapter),
+            self.lora_drop.states,
+            self.lora_drop.slots,
+        )
         if config.kv_skips:
             modules = [layer.self_attn.attn for layer in self.model.layers]
             attention.pack(modules, config.drop_layers, self.lora_drop)
@@ -97,13 +93,9 @@ class LoRADropModel(nn.Module):
         step = self.lora_drop
         if not step.in_step:
             self._warm_up(input_ids, positions)
-        elif step.kind is StepKind.LORA:
-            step.rows()
-            step.counts[StepKind.LORA] += 1
+        step.ran(step.kind)
+        if step.kind is StepKind.LORA:
             return self.lora_step_model(input_ids, positions)
-        else:
-            step.rows()
-            step.counts[StepKind.FULL] += 1
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def _warm_up(self, input_ids: Tensor, positions: Tensor) -> None:

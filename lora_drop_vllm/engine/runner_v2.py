@@ -16,7 +16,9 @@ class LoRADropModelState(DefaultModelState):
     def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Attention metadata; the drop layers' builder asks for the batch while it is built."""
         self.req_ids = input_batch.req_ids
-        return super().prepare_attn(input_batch, *args, **kwargs)
+        metadata = super().prepare_attn(input_batch, *args, **kwargs)
+        self.model.lora_drop.rows()  # a replayed graph finds the step's slots in place
+        return metadata
 
 
 def batch_order_v2(runner: Any) -> Callable[[], Sequence[str]]:

@@ -79,6 +79,29 @@ SEAMS: tuple[Seam, ...] = (
         "runner_v2.py",
         ("input_batch",),
     ),
+    Seam(
+        "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager.__init__",
+        "cuda_graphs.py",
+        ("vllm_config", "device", "cudagraph_mode", "decode_query_len", "lora_capture_cases"),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager.capture",
+        "cuda_graphs.py",
+        ("lora_capture_hook",),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.dispatch",
+        "cuda_graphs.py",
+        ("num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"),
+    ),
+    Seam("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates", "cuda_graphs.py"),
+    Seam(
+        "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
+        "cuda_graphs.py",
+        ("num_active_loras",),
+    ),
+    Seam("vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache", "cuda_graphs.py"),
+    Seam("vllm.v1.worker.gpu_worker:Worker._make_model_runner", "worker_gpu.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.execute_model", "worker.py", ("scheduler_output",)),
     # module layouts the drop layer runs on
     Seam(

@@ -42,6 +42,8 @@ def check_supported(vllm_config: VllmConfig, config: LoRADropConfig) -> None:
 
 
 def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
+    from vllm import envs
+
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     device = vllm_config.device_config.device_type
@@ -50,7 +52,6 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
         (model.runner_type != "generate", f"--runner {model.runner_type}", "use it to generate"),
         (vllm_config.speculative_config is not None, "speculative decoding", leave_out),
         (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size > 1", "set it to 1"),
-        (parallel.tensor_parallel_size > 1, "--tensor-parallel-size > 1", "set it to 1"),
         (parallel.data_parallel_size > 1, "--data-parallel-size > 1", "start more servers"),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -58,6 +59,9 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             "set it to 1",
         ),
         (parallel.enable_dbo, "--enable-dbo", leave_out),
+        (envs.VLLM_USE_BREAKABLE_CUDAGRAPH, "VLLM_USE_BREAKABLE_CUDAGRAPH=1", "unset it"),
+        # the kind of a request's steps depends on who else is in the batch
+        (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT=1", "unset it"),
         (parallel.worker_cls != "auto", "--worker-cls", leave_out),
         (scheduler.scheduler_cls is not None, "--scheduler-cls", leave_out),
         (vllm_config.lora_config is not None, "--enable-lora", leave_out),

@@ -48,7 +48,7 @@ class StepState:
 
     @property
     def in_step(self) -> bool:
-        """Whether a planned step is at hand."""
+        """Whether a planned step, or the rehearsal of one, is at hand."""
         return self._plan is not None
 
     def begin(self, plan: StepPlan, order: Callable[[], Sequence[str]]) -> None:
@@ -58,29 +58,46 @@ class StepState:
             plan: from the scheduler
             order: tells the batch's request ids in its order, once the runner has settled it
         """
-        self._plan, self._order = plan, order
+        self._plan, self._order, self._rows = plan, order, None
+
+    def rehearse(self, kind: StepKind) -> None:
+        """Take up a step of the given kind without requests, for a CUDA graph to be captured."""
+        self._plan, self._rows = StepPlan(kind, {}), []
 
     def end(self) -> None:
-        """The step is over: drop its plan and forget which rows belonged to whom."""
+        """The step is over: drop its plan."""
         self._plan, self._rows = None, None
-        self.slots[: self._dirty].fill_(-1)
-        self._dirty = 0
 
     def rows(self) -> Sequence[Row]:
         """The planned rows in the batch's order; none outside a step.
 
-        The first call in a step also points `slots` at them.
+        The first call in a step also points `slots` at them; outside of one no row owns a slot.
         """
         if self._plan is None:
+            self.slots[: self._dirty].fill_(-1)
+            self._dirty = 0
             return ()
         if self._rows is None:
             self._rows = [self._plan.rows[request_id] for request_id in self._order()]
             self._point_slots(self._rows)
         return self._rows
 
+    def ran(self, kind: StepKind) -> None:
+        """Count the step at hand as run, unless it was a rehearsal.
+
+        Raises:
+            RuntimeError: it ran as another kind than planned.
+        """
+        if not self.rows():
+            return
+        if kind is not self.kind:
+            raise RuntimeError(f"a {self.kind.value} step was run as a {kind.value} step")
+        self.counts[kind] += 1
+
     def _point_slots(self, rows: Sequence[Row]) -> None:
         ends = list(accumulate(row.num_tokens for row in rows))
-        host = torch.full((ends[-1],), -1, dtype=torch.int64)
+        count = max(ends[-1], self._dirty)
+        host = torch.full((count,), -1, dtype=torch.int64, pin_memory=self.slots.is_cuda)
         host[torch.tensor(ends) - 1] = torch.tensor([row.slot for row in rows])
+        self.slots[:count].copy_(host, non_blocking=True)
         self._dirty = ends[-1]
-        self.slots[: self._dirty].copy_(host, non_blocking=True)

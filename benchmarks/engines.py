@@ -1,0 +1,180 @@
+"""What the benchmarks run: shapes with dummy weights, and engines in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    "1b": dict(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32000,
+    ),
+    "llama-3-8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+    "llama-2-7b": dict(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+    ),
+    "qwen2.5-7b": dict(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+    ),
+    "qwen2.5-14b": dict(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=48,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        vocab_size=152064,
+    ),
+}
+
+
+def make_shape(folder: Path, name: str, num_layers: int | None = None) -> Path:
+    """A folder with nothing but a config, for dummy weights; its own depth unless told."""
+    from transformers import LlamaConfig, Qwen2Config
+
+    shape = SHAPES[name] | ({} if num_layers is None else {"num_hidden_layers": num_layers})
+    qwen = name.startswith("qwen")
+    config = (Qwen2Config if qwen else LlamaConfig)(
+        architectures=["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"],
+        max_position_embeddings=4096,
+        dtype="bfloat16",
+        **shape,
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def lora_drop(settings: dict[str, Any] | None) -> dict[str, Any]:
+    """Engine arguments that serve with these settings; none for the stock model."""
+    if settings is None:
+        return {}
+    return dict(model_impl="lora_drop", additional_config={"lora_drop": settings})
+
+
+def quiet() -> None:
+    """An engine inside this process, without a hub and without chatter."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        HF_HUB_OFFLINE="1",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+    )
+
+
+class Engine:
+    """An engine in a process of its own; starting is over when `wait` returns.
+
+    Args:
+        model: folder
+        settings: of LoRA-Drop, or None for the stock model
+        arguments: of vLLM's `LLM`
+    """
+
+    def __init__(
+        self, model: str, settings: dict[str, Any] | None, arguments: dict[str, Any]
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        given = arguments | lora_drop(settings)
+        self.process = context.Process(target=_serve, args=(other, model, given), daemon=True)
+        self.process.start()
+        other.close()
+
+    def wait(self) -> None:
+        """Return when the engine is up.
+
+        Raises:
+            EOFError: its process ended first.
+        """
+        assert self.pipe.recv() == "ready"
+
+    def decode(self, batch: int, prompt: int, tokens: int, k: int | None) -> dict[str, Any]:
+        """Decode `tokens` tokens for `batch` requests that come at once.
+
+        Returns:
+            `times`: milliseconds of the steps after the last prompt's in which every request
+            got a token; `lora_steps`: how many of the engine's steps were LoRA steps;
+            `gpu_bytes`: the most GPU memory the engine has held so far, 0 on a CPU.
+        """
+        self.pipe.send((batch, prompt, tokens, k))
+        found: dict[str, Any] = self.pipe.recv()
+        return found
+
+    def close(self) -> None:
+        """Stop the process."""
+        self.pipe.send(None)
+        self.process.join(20)
+        self.process.kill()
+
+
+def _serve(pipe: Any, model: str, arguments: dict[str, Any]) -> None:
+    quiet()
+    import torch
+    from vllm import LLM
+
+    engine = LLM(
+        model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        seed=0,
+        **arguments,
+    ).llm_engine
+    pipe.send("ready")
+    while (asked := pipe.recv()) is not None:
+        found = _decode(engine, *asked)
+        held = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+        pipe.send(found | {"gpu_bytes": held})
+
+
+def _decode(engine: Any, batch: int, prompt: int, tokens: int, k: int | None) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    tracker = getattr(engine.engine_core.engine_core.scheduler, "tracker", None)
+    before = tracker.totals.lora_steps if tracker else 0
+    extra = None if k is None else {"lora_drop_k": k}
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
+    for n in range(batch):
+        ids = [7 + (n + j) % 500 for j in range(prompt)]
+        engine.add_request(str(n), {"prompt_token_ids": ids}, params)
+    times, produced = [], []
+    while engine.has_unfinished_requests():
+        start = time.perf_counter()
+        produced.append(len(engine.step()))
+        times.append(1000 * (time.perf_counter() - start))
+    together = [t for t, count in zip(times, produced, strict=True) if count == batch]
+    lora_steps = tracker.totals.lora_steps - before if tracker else 0
+    return {"times": together[1:], "lora_steps": lora_steps}
