@@ -84,10 +84,10 @@ def launches(case: Case) -> list[Chain | Launch]:
 
     d, r, rows, itemsize = case.d, case.r, case.rows, case.dtype.itemsize
     block_k = heuristics.one_launch(rows, d, r, itemsize).block_k
-    found: list[Chain | Launch] = [heuristics.update_launch(rows, d, r, itemsize)]
+    found = [heuristics.run_launch(case.layers, rows, d, r, itemsize)]
     if case.layers > 1:
         chain = heuristics.chain_launch(d, r, itemsize)
-        found = [heuristics.run_launch(rows, d, r, itemsize), chain, replace(chain, warps=8)]
+        found += [chain, replace(chain, warps=8)]
     for block_d in (64, 128, 256):
         if rows <= 16:
             found.append(Launch(False, 1, block_d, block_k, 8))
@@ -95,7 +95,7 @@ def launches(case: Case) -> list[Chain | Launch]:
         if rows > 1:
             found.append(Launch(True, 16, block_d, block_d, 8))
     if rows > 1:
-        found.append(Launch(False, 16, 128, min(block_k // 4, 512), 8))
+        found.append(Launch(False, 16, 128, max(16, min(block_k // 4, 512)), 8))
     return list(dict.fromkeys(found))
 
 
@@ -264,7 +264,8 @@ def main() -> None:
     for case in tqdm(cases, desc="check"):
         check(case, "cpu" if arguments.interpret else "cuda")
     if arguments.interpret:
-        return print(f"{len(cases)} cases as the reference has them")
+        print(f"{len(cases)} cases as the reference has them")
+        return
     floor = floors(arguments.launches, arguments.rounds)
     results = [measure(case, floor, arguments) for case in tqdm(cases, desc="time")]
     show(results, floor)

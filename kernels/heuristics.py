@@ -30,7 +30,7 @@ class Launch:
         split: a shrink launch (A x) and an expand launch (the rest) instead of one for both
         block_rows: rows of a program; from DOT_ROWS on tl.dot multiplies, below a plain sum
         block_d: columns of a program's output, and of its part of the sum A x in a shrink launch
-        block_k: columns of A at a time where one launch does both and a program needs all of them
+        block_k: columns of A at a time where one launch does both and a program sums over all d
         warps: of a program
     """
 
@@ -81,8 +81,10 @@ def parts_at_a_time(parts: int, block_rows: int, r: int) -> int:
     return min(power_of_2(parts), max(1, PARTS_TILE // (block_rows * power_of_2(r))))
 
 
-def run_launch(rows: int, d: int, r: int, itemsize: int) -> Chain | Launch:
+def run_launch(layers: int, rows: int, d: int, r: int, itemsize: int) -> Chain | Launch:
     """The launch of a run of updates: one for all, or one per layer and one more."""
+    if layers == 1:
+        return update_launch(rows, d, r, itemsize)
     if d * r <= CHAIN_SIZE and rows <= CHAIN_ROWS:
         return chain_launch(d, r, itemsize)
     return split_launch(rows, d, r)

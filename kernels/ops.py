@@ -16,32 +16,6 @@ from lora_drop_vllm import kernels
 _LIBRARY = torch.library.Library("lora_drop", "DEF")
 
 
-def _drop_update(
-    x: Tensor,
-    state: Tensor | None,
-    slots: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    beta: float,
-    after: Tensor | None,
-) -> Tensor:
-    return kernels.drop_update(x, state, slots[: x.shape[0]], A, B, scale, beta, False)
-
-
-def _drop_update_back(
-    x: Tensor,
-    state: Tensor,
-    slots: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    beta: float,
-    after: Tensor | None,
-) -> Tensor:
-    return kernels.drop_update(x, state, slots[: x.shape[0]], A, B, scale, beta, True)
-
-
 def _drop_run(
     x: Tensor,
     states: Tensor | None,
@@ -100,20 +74,6 @@ def _register(name: str, signature: str, run: Callable[..., Any], fake: Callable
 
 
 _register(
-    "drop_update",
-    "(Tensor x, Tensor? state, Tensor slots, Tensor A, Tensor B, float scale, float beta, "
-    "Tensor? after) -> Tensor",
-    _drop_update,
-    _like_x,
-)
-_register(
-    "drop_update_back",
-    "(Tensor x, Tensor(a!) state, Tensor slots, Tensor A, Tensor B, float scale, float beta, "
-    "Tensor? after) -> Tensor",
-    _drop_update_back,
-    _like_x,
-)
-_register(
     "drop_run",
     "(Tensor x, Tensor? states, Tensor slots, Tensor A, Tensor B, float scale, float beta, "
     "Tensor? after) -> Tensor",
@@ -147,8 +107,6 @@ _register(
     _nothing,
 )
 
-drop_update = torch.ops.lora_drop.drop_update  # leaves the state as it is
-drop_update_back = torch.ops.lora_drop.drop_update_back  # replaces it by the result (`previous`)
 drop_run = torch.ops.lora_drop.drop_run  # a run of layers, stacked
 drop_run_back = torch.ops.lora_drop.drop_run_back
 save_input = torch.ops.lora_drop.save_input

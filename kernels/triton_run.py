@@ -88,7 +88,7 @@ def drop_run_triton(
     """
     if len(x) == 0:
         return torch.empty_like(x)
-    launch = launch or run_launch(*x.shape, A.shape[1], x.element_size())
+    launch = launch or run_launch(len(A), *x.shape, A.shape[1], x.element_size())
     if isinstance(launch, Chain):
         return _chained(x, states, slots, A, B, scale, beta, writes_back, launch)
     if launch.split:

@@ -64,7 +64,7 @@ def sum_of_parts(
     low = tl.zeros((M, rank.shape[0]), dtype=tl.float32)
     in_low = (row < rows) & (rank[None, :] < R)
     for first in range(0, PARTS, BLOCK_PARTS):
-        if M == 1:  # in two dimensions, or the layout of the third spoils what is done with the sum
+        if M == 1:  # without a dimension of one row, which leads Triton to a slow layout of b
             part = first + tl.arange(0, BLOCK_PARTS)[:, None]
             at = low_ptr + (part * rows + row) * R + rank[None, :]
             parts = tl.load(at, mask=(part < PARTS) & in_low, other=0.0)
@@ -270,6 +270,7 @@ def update(
 
 def _constants(launch: Launch, d: int, r: int, dtype: torch.dtype) -> dict[str, Any]:
     assert launch.block_rows == 1 or launch.block_rows >= DOT_ROWS
+    summed = launch.block_d if launch.split else launch.block_k  # columns of a tile of A
     return dict(
         D=d,
         R=r,
@@ -277,6 +278,6 @@ def _constants(launch: Launch, d: int, r: int, dtype: torch.dtype) -> dict[str, 
         BLOCK_D=launch.block_d,
         BLOCK_R=max(power_of_2(r), 1 if launch.block_rows == 1 else DOT_ROWS),
         SHRINK="ieee" if dtype == torch.float32 else "tf32",
-        GROUPS=max(1, min(launch.warps, launch.block_k // 16)),
+        GROUPS=max(1, min(launch.warps, summed // 16)),
         num_warps=launch.warps,
     )

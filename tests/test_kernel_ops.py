@@ -141,9 +141,10 @@ def test_the_launch_table() -> None:
     assert not update(1, 4096, 16).split and update(1, 4096, 16).block_rows == 1
     assert update(5, 4096, 16).split and update(5, 4096, 16).block_rows == 16
     assert update(1, 4096, 64).split and update(1, 4096, 64).block_rows == 1
-    assert isinstance(run_launch(64, 2048, 16, 2), Chain)
-    assert isinstance(run_launch(65, 2048, 16, 2), Launch)
-    assert isinstance(run_launch(1, 4096, 16, 2), Launch)
+    assert isinstance(run_launch(14, 64, 2048, 16, itemsize=2), Chain)
+    assert isinstance(run_launch(14, 65, 2048, 16, itemsize=2), Launch)
+    assert isinstance(run_launch(14, 1, 4096, 16, itemsize=2), Launch)
+    assert run_launch(1, 1, 2048, 16, itemsize=2) == update(1, 2048, 16)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -153,7 +154,7 @@ def test_the_launch_table() -> None:
 def test_every_launch_of_the_table_can_be_compiled(
     rows: int, d: int, r: int, itemsize: int
 ) -> None:
-    launches = [update_launch(rows, d, r, itemsize), run_launch(rows, d, r, itemsize)]
+    launches = [update_launch(rows, d, r, itemsize), run_launch(2, rows, d, r, itemsize)]
     for launch in launches:
         sizes = [getattr(launch, name) for name in type(launch).__slots__]
         assert all(size > 0 and size & (size - 1) == 0 for size in sizes if size is not False)
@@ -167,9 +168,7 @@ def op_arguments(name: str) -> tuple[Any, ...]:
     x, slots = given["x"].nan_to_num(), torch.cat([given["slots"], given["slots"]])
     states = given["states"].nan_to_num()
     if name.startswith("drop_run"):
-        return (x, states, slots, given["A"], given["B"], 0.5, 1.0, None)
-    if name.startswith("drop_update"):
-        return (x, states[0], slots, given["A"][0], given["B"][0], 0.5, 1.0, x)
+        return (x, states, slots, given["A"], given["B"], 0.5, 1.0, x)
     gate = torch.rand(32, device=DEVICE)
     return {
         "save_input": (x, x, states[0], slots),
@@ -179,20 +178,15 @@ def op_arguments(name: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("drop_update", "drop_update_back", "drop_run", "drop_run_back"),
-        *("save_input", "save_output", "save_between"),
-    ],
+    "name", ["drop_run", "drop_run_back", "save_input", "save_output", "save_between"]
 )
 def test_operators(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.lora_drop, name).default, op_arguments(name))
 
 
 def test_operators_without_state() -> None:
-    for name in ("drop_update", "drop_run"):
-        x, _, *rest = op_arguments(name)
-        torch.library.opcheck(getattr(torch.ops.lora_drop, name).default, (x, None, *rest))
+    x, _, *rest = op_arguments("drop_run")
+    torch.library.opcheck(torch.ops.lora_drop.drop_run.default, (x, None, *rest))
 
 
 def test_operators_take_the_whole_slot_buffer() -> None:
@@ -226,16 +220,14 @@ def test_cuda_tensors_take_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["drop_update_back", "drop_run_back"])
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("d", [576, 4096])
 @pytest.mark.parametrize("T", [1, 4, 33])
-def test_replaying_a_cuda_graph(T: int, d: int, name: str) -> None:
+def test_replaying_a_cuda_graph(T: int, d: int, layers: int) -> None:
     """A captured update follows what its buffers hold at the replay: slots, states and x."""
-    run = make_inputs(T, d, 16, torch.bfloat16, layers=3)
-    given = one_layer(run) if "update" in name else run
-    names = ("x", "state" if "update" in name else "states", "slots", "A", "B")
-    x, state, slots, A, B = (given[key].nan_to_num() for key in names)
-    call = getattr(ops, name)
+    given = make_inputs(T, d, 16, torch.bfloat16, layers=layers)
+    x, state, slots, A, B = (given[key].nan_to_num() for key in ("x", "states", "slots", "A", "B"))
+    call = ops.drop_run_back
     arguments = (x, state, slots, A, B, 0.5, 0.0, None)
     call(*arguments)  # compiles
     torch.cuda.synchronize()
@@ -248,8 +240,7 @@ def test_replaying_a_cuda_graph(T: int, d: int, name: str) -> None:
         state.copy_(torch.randn_like(state))
         x.copy_(torch.randn_like(x))
         want_state = state.clone()
-        run_reference = reference.drop_update if "update" in name else reference.drop_run
-        want = run_reference(x, want_state, slots, A, B, 0.5, 0.0, True)
+        want = reference.drop_run(x, want_state, slots, A, B, 0.5, 0.0, True)
         graph.replay()
         owned = slots >= 0
         torch.testing.assert_close(out[owned], want[owned], **TOL[torch.bfloat16])
