@@ -86,9 +86,10 @@ def measure(
     rounds: Times = {name: [] for name in engines}
     held = {}
     for n in tqdm(range(given.rounds + 1), desc=f"batch {batch}, k {k}"):
-        for name, engine in engines.items():
+        names = list(engines)
+        for name in names[n % len(names) :] + names[: n % len(names)]:  # no one is always last
             own_k = k if name == "lora_drop" else None
-            found = engine.decode(batch, given.prompt, given.tokens, own_k)
+            found = engines[name].decode(batch, given.prompt, given.tokens, own_k)
             # of the tokens behind the prompts', one step in k + 1 is full
             wanted = (given.tokens - 1) - (given.tokens - 1) // (k + 1)
             if name == "lora_drop" and abs(found["lora_steps"] - wanted) > 1:
