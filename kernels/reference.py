@@ -109,7 +109,7 @@ def save_output(
     owners = slots.index_select(0, rows)
     x = hidden.index_select(0, rows) + residual.index_select(0, rows)
     if gate is not None:
-        x = gate.float() * (x.float() - state.index_select(0, owners).float())
+        x = gated_change(state.index_select(0, owners), x, gate)
     state.index_copy_(0, owners, x.to(state.dtype))
 
 
@@ -159,6 +159,11 @@ def compact_slots(
     block = block_table[request, entry // block_size].to(slots.dtype)
     slots[: len(request)] = block * block_size + entry % block_size
     slots[len(request) :] = -1
+
+
+def gated_change(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
+    """gate * (x_a^i - x_a^{i-1}) in fp32, what `update` keeps; [..., d] each, gate [d]."""
+    return gate.float() * (after.float() - before.float())
 
 
 def _scatter(state: Tensor, slots: Tensor, rows: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def tensor_prefix(layer: int, site: str) -> str:
 
 def save_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
     """Write an adapter folder that `read_config` and `load_tensors` accept."""
-    _check_tensors(folder, config, tensors)
+    check_tensors(folder, config, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n")
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / TENSOR_FILE)
@@ -135,11 +136,12 @@ def load_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
         raise AdapterError(
             f"{path}: not a safetensors file ({error}); only safetensors is read."
         ) from error
-    _check_tensors(path, config, tensors)
+    check_tensors(path, config, tensors)
     return tensors
 
 
-def _check_tensors(where: Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+def check_tensors(where: Path | str, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError unless the tensors are exactly those that the config describes."""
     expected = tensor_shapes(config)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise AdapterError(
