@@ -21,7 +21,7 @@ from lora_drop_vllm.method.adapter import (
     read_config,
     save_adapter,
 )
-from lora_drop_vllm.offline.fit import Schedule, _fit_layer, fit_tensors
+from lora_drop_vllm.offline.fit import _fit_layer, fit_tensors
 
 TEXT = (
     "Bees find their way home by the position of the sun. When the sky is covered, they can still "
@@ -57,29 +57,24 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
         assert "examples:" in capsys.readouterr().out
 
 
-def test_schedule_of_a_window_is_the_served_one() -> None:
-    schedule = Schedule.of(12, 4, 2)
-    assert schedule.full.int().tolist() == [1, 1, 1, 1, 0, 0, 1, 0, 0, 1, 0, 0]
-    assert schedule.anchor.tolist() == [0, 1, 2, 3, 3, 3, 6, 6, 6, 9, 9, 9]
-
-
 @pytest.mark.parametrize("reuse", ["anchor", "update", "none"])
 def test_a_fitted_layer_is_nearer_to_its_target(reuse: str) -> None:
     """Where a map of rank 4 and a gate are all there is, they are found."""
     config = AdapterConfig(
         "", BaseModel("llama", 8, 32), 4, 8.0, 0.5, 3, [3], reuse, "skip", "block"
     )
-    x, kept, noise = (torch.randn(8, 64, 32) for _ in range(3))
+    x, kept, noise = (torch.randn(400, 32) for _ in range(3))
     low = torch.randn(32, 4) @ torch.randn(4, 32) / 8
     gate = torch.rand(32)
     term = {"anchor": kept, "update": x + gate * kept, "none": x}[reuse]
     target = term + x @ low + 0.01 * noise
-    at = torch.arange(64) % 4 != 3
-    made, update = _fit_layer(x, target, kept, at, config)
-    assert made["lora_A.weight"].shape == (4, 32) and made["lora_B.weight"].shape == (32, 4)
-    assert (update - target)[:, at].std() < 0.1 * (term - target)[:, at].std()
+    A, B, fitted = _fit_layer(x, target, kept if reuse != "none" else 0 * kept, config)
+    assert A.shape == (4, 32) and B.shape == (32, 4)
+    term = {"anchor": kept, "update": x if fitted is None else x + fitted * kept, "none": x}[reuse]
+    update = term + config.scale * x @ A.T @ B.T
+    assert (update - target).std() < 0.1 * (term - target).std()
     if reuse == "update":
-        torch.testing.assert_close(made["gate"], gate, atol=0.2, rtol=0)
+        torch.testing.assert_close(fitted, gate, atol=0.2, rtol=0)
 
 
 def test_fit_writes_an_adapter_that_loads(models: dict[str, Path], tmp_path: Path) -> None:
@@ -89,7 +84,7 @@ def test_fit_writes_an_adapter_that_loads(models: dict[str, Path], tmp_path: Pat
     base = BaseModel("llama", 8, 128)
     config = AdapterConfig("", base, 4, 4.0, 0.5, 3, [3, 5], "update", "skip", "block")
     batch = torch.randint(3, tiny.VOCAB, (4, 64))
-    save_adapter(tmp_path, config, fit_tensors(model, batch, config, Schedule.of(64, 16, 3)))
+    save_adapter(tmp_path, config, fit_tensors(model, batch, config, 16))
     assert resolve({"adapter": str(tmp_path)}, base).drop_layers == (3, 5)
 
 

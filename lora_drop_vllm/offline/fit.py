@@ -9,7 +9,6 @@ that the next layer is fitted on what it will really see.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +16,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel, save_adapter, tensor_prefix
+from lora_drop_vllm.method.adapter import AdapterConfig, save_adapter
 from lora_drop_vllm.method.layers import eligible_layers
 from lora_drop_vllm.method.reuse import REUSE
+from lora_drop_vllm.offline.masks import use_backend
+from lora_drop_vllm.offline.parallel import Batch, base_model, kept, refresh, run_layer, update
+from lora_drop_vllm.offline.positions import Schedule, rows, take
+from lora_drop_vllm.offline.trainable import Site, named
 
 RIDGE = 1e-2  # relative to the mean eigenvalue of the inputs' second moment
 FITTED = ("anchor", "update", "none")  # `previous` is recurrent: it has no closed form
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which positions of a window are full, and what each looks back to.
-
-    Attributes:
-        full: [T] bool  prompt positions and refreshes
-        anchor: [T] int  last full position at or before each position
-    """
-
-    full: Tensor
-    anchor: Tensor
-
-    @classmethod
-    def of(cls, length: int, prompt: int, k: int) -> Schedule:
-        """A prompt, then cycles of k LoRA positions and a refresh."""
-        t = torch.arange(length)
-        full = (t < prompt) | ((t - prompt) % (k + 1) == k)
-        return cls(full, torch.where(full, t, 0).cummax(0).values)
+AT_ONCE = 8  # windows that run through a layer together
 
 
 def fit(
@@ -62,103 +46,104 @@ def fit(
     """Fit an adapter to `windows` windows of `text` and save it.
 
     Raises:
-        ValueError: the rule has no closed form, or the text is too short.
+        ValueError: the rule has no closed form, k is 0, or the text is too short.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if reuse not in FITTED:
         raise ValueError(f"reuse={reuse!r}: no closed form; one of {', '.join(FITTED)}")
+    if k < 1:
+        raise ValueError(f"k={k}: expected 1 or more; without LoRA steps there is nothing to fit")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     if ids.numel() < windows * length:
         raise ValueError(f"{windows} windows of {length} tokens need a longer text")
     batch = ids[: windows * length].view(windows, length)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    base = model.config
-    num_layers = base.num_hidden_layers
+    base = base_model(model)
     config = AdapterConfig(
         base_model_name_or_path=model_folder.name,
-        base_model=BaseModel(base.model_type, num_layers, base.hidden_size),
+        base_model=base,
         r=rank,
         lora_alpha=float(rank),
-        rho=len(drop_layers) / len(eligible_layers(num_layers)),
+        rho=len(drop_layers) / len(eligible_layers(base.num_hidden_layers)),
         k=k,
         drop_layers=drop_layers,
         reuse=reuse,
         kv=kv,
         injection="block",
     )
-    save_adapter(out, config, fit_tensors(model, batch, config, Schedule.of(length, prompt, k)))
+    save_adapter(out, config, fit_tensors(model, batch, config, prompt))
     return config
 
 
 @torch.no_grad()
 def fit_tensors(
-    model: Any, batch: Tensor, config: AdapterConfig, schedule: Schedule
+    model: Any, windows: Tensor, config: AdapterConfig, prompt: int
 ) -> dict[str, Tensor]:
-    """Adapter tensors for windows `batch` [N, T] of token ids."""
-    student = model.model.embed_tokens(batch)
-    teacher = student
-    positions = torch.arange(batch.shape[1])[None]
-    rope = model.model.rotary_emb(student, positions)
-    causal = torch.ones(batch.shape[1], batch.shape[1]).tril().bool()
-    holes = causal & (schedule.full | torch.tensor(config.kv == "write"))[None, :]
+    """Adapter tensors for windows [N, T] of token ids that begin with `prompt` prompt tokens."""
+    use_backend(model, "sdpa")
+    parts = windows.split(AT_ONCE)
+    batches = [
+        Batch.of(model, Schedule.of(rows([part.shape[1]] * len(part)), prompt, config.k), config.kv)
+        for part in parts
+    ]
+    teacher = [model.model.embed_tokens(part) for part in parts]
+    student = teacher
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(tqdm(model.model.layers, desc="Fitting", unit="layer")):
-        target = _run(layer, teacher, causal, rope)
-        if i not in config.drop_layers:
-            student, teacher = _run(layer, student, causal, rope), target
-            continue
-        refreshed = _run(layer, student, holes, rope)
-        at = ~schedule.full
-        kept = (refreshed - student)[:, schedule.anchor]
-        if config.reuse == "anchor":
-            kept = refreshed[:, schedule.anchor]
-        made, update = _fit_layer(student, target, kept, at, config)
-        tensors |= {f"{tensor_prefix(i, '')}.{name}": value for name, value in made.items()}
-        student = torch.where(at[None, :, None], update, refreshed)
+        target = [run_layer(layer, x, batch) for x, batch in zip(teacher, batches)]
+        if i in config.drop_layers:
+            streams = [refresh(layer, x, b, config.kv) for x, b in zip(student, batches)]
+            site = _fit_layer(*_lora_rows(student, target, streams, batches, config), config)
+            student = [
+                update(x, stream, batch, config, [site])
+                for x, stream, batch in zip(student, streams, batches)
+            ]
+            tensors |= named(config, i, [site])
+        elif student is teacher:
+            student = target
+        else:
+            student = [run_layer(layer, x, batch) for x, batch in zip(student, batches)]
         teacher = target
     return tensors
 
 
-def _run(layer: Any, x: Tensor, mask: Tensor, rope: Any) -> Tensor:
-    """f^i on windows [N, T, d]; `mask` [T, T] says which keys a position sees."""
-    outputs = []
-    for part in x.split(8):
-        seen = mask[None, None].expand(part.shape[0], 1, -1, -1)
-        additive = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(x.dtype).min)
-        out = layer(part, attention_mask=additive, position_embeddings=rope)
-        outputs.append(out[0] if isinstance(out, tuple) else out)
-    return torch.cat(outputs)
+def _lora_rows(
+    student: list[Tensor],
+    target: list[Tensor],
+    streams: list[list[Tensor]],
+    batches: list[Batch],
+    config: AdapterConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's input, the base model's output and what is reused, [M, d] over all batches."""
+    x, y, c = [], [], []
+    for inputs, outputs, stream, batch in zip(student, target, streams, batches):
+        state = kept(stream[0], stream[-1], REUSE[config.reuse], None)
+        x.append(take(inputs, batch.layout.lora_at))
+        y.append(take(outputs, batch.layout.lora_at))
+        c.append(torch.zeros_like(x[-1]) if state is None else take(state, batch.layout.slots))
+    return torch.cat(x), torch.cat(y), torch.cat(c)
 
 
-def _fit_layer(
-    x: Tensor, target: Tensor, kept: Tensor, at: Tensor, config: AdapterConfig
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gate, A and B of one layer, and its update at every position.
+def _fit_layer(x: Tensor, target: Tensor, kept: Tensor, config: AdapterConfig) -> Site:
+    """Gate, A and B of one layer.
 
     Args:
-        x, target, kept: [N, T, d]  the layer's input, the base model's output, what is reused
-        at: [T] bool  the LoRA positions
+        x, target, kept: [M, d]  at LoRA positions: the layer's input, the base model's output, c_i
+            with g = 1
     """
     rule = REUSE[config.reuse]
-    d = x.shape[-1]
-    made: dict[str, Tensor] = {}
-    term = rule.beta * x
+    term, gate = rule.beta * x, None
     if rule.difference:
-        y, u = (target - term)[:, at].reshape(-1, d), kept[:, at].reshape(-1, d)
-        made["gate"] = (y * u).sum(0) / (u * u).sum(0).clamp(min=1e-12)
-        term = term + made["gate"] * kept
-    elif rule.keeps_state:
-        term = term + kept
-    inputs, rest = x[:, at].reshape(-1, d).double(), (target - term)[:, at].reshape(-1, d).double()
+        gate = ((target - term) * kept).sum(0) / (kept * kept).sum(0).clamp(min=1e-12)
+        kept = gate * kept
+    inputs, rest = x.double(), (target - term - kept).double()
     moment = inputs.T @ inputs
-    moment += RIDGE * moment.diagonal().mean() * torch.eye(d, dtype=moment.dtype)
+    moment += RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     weight = torch.linalg.solve(moment, inputs.T @ rest)  # [d, d], fitted = inputs @ weight
     fitted = inputs @ weight
     _, vectors = torch.linalg.eigh(fitted.T @ fitted)
     directions = vectors[:, -config.r :]  # [d, r]
-    made["lora_A.weight"] = (weight @ directions).T.float().contiguous()
-    made["lora_B.weight"] = (directions / config.scale).float().contiguous()
-    update = term + config.scale * (x @ made["lora_A.weight"].T) @ made["lora_B.weight"].T
-    return made, update
+    A = (weight @ directions).T.float().contiguous()
+    return Site(A, (directions / config.scale).float().contiguous(), gate)
