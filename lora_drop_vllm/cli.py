@@ -16,6 +16,11 @@ DEMO_EXAMPLES = """examples:
 FIT_EXAMPLES = """examples:
   lora-drop fit ./model --text corpus.txt --drop-layers 10-16 --out ./adapter
 """
+EVALUATE_EXAMPLES = """examples:
+  lora-drop evaluate ./model --adapter ./adapter --text book.txt
+  lora-drop evaluate ./model --adapter ./adapter --tasks piqa,winogrande --data ./tasks --limit 500
+  lora-drop evaluate ./model --adapter ./adapter --tasks ./mine.jsonl --json report.json
+"""
 CHECK_EXAMPLES = """examples:
   lora-drop check meta-llama/Llama-3.1-8B --adapter ./adapter
   lora-drop check ./model --adapter ./adapter --json
@@ -69,6 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--kv", default="skip", help="skip (default) or write")
     fit.add_argument("--windows", type=int, default=96, help="of 256 tokens (default: 96)")
     fit.set_defaults(run=_fit)
+
+    evaluate = _command(
+        commands, "evaluate", "score an adapter against its base model, offline", EVALUATE_EXAMPLES
+    )
+    evaluate.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
+    evaluate.add_argument("--adapter", required=True, type=Path, help="adapter folder")
+    evaluate.add_argument("--text", type=Path, help="plain text (UTF-8) for perplexity")
+    evaluate.add_argument("--tasks", default="", help="JSONL files, or names in --data; by comma")
+    evaluate.add_argument("--data", type=Path, default=Path(), help="folder of NAME.jsonl")
+    evaluate.add_argument("--limit", type=_positive, help="windows, and questions a task, at most")
+    evaluate.add_argument("--json", type=Path, metavar="OUT", help="write the report there too")
+    evaluate.set_defaults(run=_evaluate)
     return parser
 
 
@@ -92,6 +109,13 @@ def _layers(text: str) -> list[int]:
     return sorted(layers)
 
 
+def _positive(text: str) -> int:
+    """Parse a number of at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from lora_drop_vllm import demo
 
@@ -101,10 +125,11 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _fit(arguments: argparse.Namespace) -> int:
     from lora_drop_vllm.offline.fit import fit
+    from lora_drop_vllm.offline.tasks import read_text
 
     config = fit(
         arguments.model,
-        arguments.text.read_text(),
+        read_text(arguments.text),
         arguments.out,
         drop_layers=arguments.drop_layers,
         k=arguments.k,
@@ -114,6 +139,22 @@ def _fit(arguments: argparse.Namespace) -> int:
         windows=arguments.windows,
     )
     print(f"{arguments.out}: drop layers {config.drop_layers}, rank {config.r}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from lora_drop_vllm.offline.evaluate import evaluate
+
+    report = evaluate(
+        arguments.model,
+        arguments.adapter,
+        text=arguments.text,
+        tasks=[name for name in arguments.tasks.split(",") if name],
+        data=arguments.data,
+        limit=arguments.limit,
+        out=arguments.json,
+    )
+    print(report)
     return 0
 
 

@@ -164,6 +164,17 @@ class Oracle:
         return cos[0][:, None], sin[0][:, None]
 
 
+class Forced(Oracle):
+    """The oracle on given tokens, with gradients where the settings' tensors want them."""
+
+    def logits_of(self, tokens: list[int], full: list[bool]) -> Tensor:
+        """Logits [T, vocabulary]; `full` names the kind of step of each token."""
+        self._forget()
+        self.tokens = tokens
+        x = torch.stack([self._full([t]) if full[t] else self._lora(t) for t in range(len(tokens))])
+        return self.model.lm_head(self.model.model.norm(x))
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), -1)

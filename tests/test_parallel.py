@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from oracle import Oracle
+from oracle import Forced
 from serving import settings_of
 from tiny import FAMILIES, VOCAB, make_adapter
 from torch import Tensor
@@ -27,16 +27,6 @@ COMBINATIONS = [
     for kv in ("skip", "write")
     for injection in ("block", "attn_mlp")
 ]
-
-
-class Forced(Oracle):
-    """The oracle on given tokens; `full` names the kind of step of each."""
-
-    def logits_of(self, tokens: list[int], full: list[bool]) -> Tensor:
-        self._forget()
-        self.tokens = tokens
-        x = torch.stack([self._full([t]) if full[t] else self._lora(t) for t in range(len(tokens))])
-        return self.model.lm_head(self.model.model.norm(x))
 
 
 def random_tokens(*shape: int) -> Tensor:
@@ -84,7 +74,10 @@ def test_schedule_of_packed_rows_starts_over_in_each_sequence() -> None:
     ("arguments", "message"),
     [
         (dict(prompt=0, k=3), "prompt=0 of sequence 0: expected at least 1"),
-        (dict(prompt=torch.tensor([4, 7]), k=3), "prompt=7 of sequence 1: expected no more"),
+        (
+            dict(prompt=torch.tensor([4, 7]), k=3),
+            "prompt=7 of sequence 1: expected at most its length",
+        ),
         (dict(prompt=2, k=-1), "k=-1 of sequence 0"),
         (dict(prompt=2, k=3, phase=4), "phase=4 of sequence 0"),
     ],

@@ -52,6 +52,19 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return [rng.randrange(3, VOCAB) for _ in range(length)]
 
 
+def make_tokenizer() -> Any:
+    """A tokenizer of single bytes, numbered from 3."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {c: 3 + n for n, c in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The Hugging Face model of a folder, for the oracle."""
     from transformers import AutoModelForCausalLM

@@ -20,13 +20,20 @@ from lora_drop_vllm.method.adapter import AdapterConfig, save_adapter
 from lora_drop_vllm.method.layers import eligible_layers
 from lora_drop_vllm.method.reuse import REUSE
 from lora_drop_vllm.offline.masks import use_backend
-from lora_drop_vllm.offline.parallel import Batch, base_model, kept, refresh, run_layer, update
+from lora_drop_vllm.offline.parallel import (
+    TOKENS_AT_ONCE,
+    Batch,
+    base_model,
+    kept,
+    refresh,
+    run_layer,
+    update,
+)
 from lora_drop_vllm.offline.positions import Schedule, rows, take
 from lora_drop_vllm.offline.trainable import Site, named
 
 RIDGE = 1e-2  # relative to the mean eigenvalue of the inputs' second moment
 FITTED = ("anchor", "update", "none")  # `previous` is recurrent: it has no closed form
-AT_ONCE = 8  # windows that run through a layer together
 
 
 def fit(
@@ -83,7 +90,7 @@ def fit_tensors(
 ) -> dict[str, Tensor]:
     """Adapter tensors for windows [N, T] of token ids that begin with `prompt` prompt tokens."""
     use_backend(model, "sdpa")
-    parts = windows.split(AT_ONCE)
+    parts = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
     batches = [
         Batch.of(model, Schedule.of(rows([part.shape[1]] * len(part)), prompt, config.k), config.kv)
         for part in parts
@@ -126,19 +133,19 @@ def _lora_rows(
     return torch.cat(x), torch.cat(y), torch.cat(c)
 
 
-def _fit_layer(x: Tensor, target: Tensor, kept: Tensor, config: AdapterConfig) -> Site:
+def _fit_layer(x: Tensor, target: Tensor, state: Tensor, config: AdapterConfig) -> Site:
     """Gate, A and B of one layer.
 
     Args:
-        x, target, kept: [M, d]  at LoRA positions: the layer's input, the base model's output, c_i
+        x, target, state: [M, d]  at LoRA positions: the layer's input, the base model's output, c_i
             with g = 1
     """
     rule = REUSE[config.reuse]
     term, gate = rule.beta * x, None
     if rule.difference:
-        gate = ((target - term) * kept).sum(0) / (kept * kept).sum(0).clamp(min=1e-12)
-        kept = gate * kept
-    inputs, rest = x.double(), (target - term - kept).double()
+        gate = ((target - term) * state).sum(0) / (state * state).sum(0).clamp(min=1e-12)
+        state = gate * state
+    inputs, rest = x.double(), (target - term - state).double()
     moment = inputs.T @ inputs
     moment += RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     weight = torch.linalg.solve(moment, inputs.T @ rest)  # [d, d], fitted = inputs @ weight

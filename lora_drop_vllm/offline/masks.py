@@ -144,7 +144,8 @@ def _flex(
 def _flex_attention(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if compiled else flex_attention
+    attend: Callable[..., Any] = flex_attention
+    return torch.compile(attend) if compiled else attend
 
 
 def _xformers(

@@ -23,6 +23,7 @@ from lora_drop_vllm.offline.positions import Layout, Schedule, take
 from lora_drop_vllm.offline.trainable import Adapter, Site, sites
 
 FAMILIES = ("llama", "qwen2")
+TOKENS_AT_ONCE = 2048  # of a batch, where no gradient is wanted
 
 
 def base_model(model: Any) -> BaseModel:
@@ -84,7 +85,8 @@ class Batch:
 class ParallelDecoder:
     """A Hugging Face Llama or Qwen2 model under LoRA-Drop.
 
-    The model is put into evaluation mode and frozen; only the adapter's parameters get gradients.
+    The model is put into evaluation mode, frozen and told to attend with the backend; only the
+    adapter's parameters get gradients.
 
     Args:
         model: `LlamaForCausalLM` or `Qwen2ForCausalLM`
@@ -236,7 +238,8 @@ def kept(before: Tensor, after: Tensor, rule: Reuse, gate: Tensor | None) -> Ten
     if not rule.difference:
         return after
     gate = after.new_ones(after.shape[-1]) if gate is None else gate.to(after.dtype)
-    return gated_change(before, after, gate).to(after.dtype)
+    change: Tensor = gated_change(before, after, gate)
+    return change.to(after.dtype)
 
 
 def _sum_over_runs(z: Tensor, layout: Layout) -> Tensor:

@@ -82,9 +82,7 @@ def _check(lengths: Tensor, prompt: Tensor, k: Tensor, phase: Tensor) -> None:
             raise ValueError(f"{name}={int(values[bad])} of sequence {bad}: expected {allowed}.")
 
     require(prompt >= 1, "prompt", prompt, "at least 1 token; prepend one, such as the BOS token")
-    require(
-        prompt <= lengths, "prompt", prompt, "no more than the sequence has; shorten it or leave it"
-    )
+    require(prompt <= lengths, "prompt", prompt, "at most its length; shorten the prompt")
     require(k >= 0, "k", k, "0 or more LoRA steps between two full steps")
     require((phase >= 0) & (phase <= k), "phase", phase, "0 to k LoRA steps already done")
 

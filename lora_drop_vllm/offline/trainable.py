@@ -25,7 +25,10 @@ _NAMES = ("lora_A.weight", "lora_B.weight", "gate")  # of a site's fields, in an
 def sites(config: AdapterConfig, layer: int, tensors: Mapping[str, Tensor]) -> list[Site]:
     """The sites of a drop layer in the order they run, out of an adapter's tensors."""
     prefixes = [tensor_prefix(layer, site) for site in SITES[config.injection]]
-    return [Site(*(tensors.get(f"{prefix}.{name}") for name in _NAMES)) for prefix in prefixes]
+    A, B, gate = _NAMES
+    return [
+        Site(tensors[f"{p}.{A}"], tensors[f"{p}.{B}"], tensors.get(f"{p}.{gate}")) for p in prefixes
+    ]
 
 
 def named(config: AdapterConfig, layer: int, of: Sequence[Site]) -> dict[str, Tensor]:

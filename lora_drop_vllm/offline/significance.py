@@ -1,0 +1,56 @@
+"""Two models on the same questions: shares, standard errors, and whether they really differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Share of right answers of one model beside the base model's.
+
+    Attributes:
+        share, share_se: and its standard error
+        base, base_se: the base model's
+        only_base, only_this: questions that just one of the two got right
+        p_value: McNemar's exact test, two-sided: how likely so uneven a split is by chance
+    """
+
+    share: float
+    share_se: float
+    base: float
+    base_se: float
+    only_base: int
+    only_this: int
+    p_value: float
+
+    @classmethod
+    def of(cls, right: Sequence[bool], base_right: Sequence[bool]) -> Comparison:
+        """From both models' marks, question by question."""
+        n = len(right)
+        share, base = sum(right) / n, sum(base_right) / n
+        only_base = sum(b and not a for a, b in zip(right, base_right, strict=True))
+        only_this = sum(a and not b for a, b in zip(right, base_right, strict=True))
+        return cls(
+            share,
+            standard_error(share, n),
+            base,
+            standard_error(base, n),
+            only_base,
+            only_this,
+            mcnemar(only_base, only_this),
+        )
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of a share among `count` independent answers."""
+    return math.sqrt(share * (1 - share) / max(count - 1, 1))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value of a split that a fair coin would make."""
+    n = only_first + only_second
+    tail = sum(math.comb(n, i) for i in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / (1 << n))
