@@ -19,9 +19,10 @@ test: install check
 	$(BIN)/pytest
 	VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 $(BIN)/pytest -m runners
 
-# every setting on the real model, 64 tokens each: a quarter of an hour
+# the settings that `make test` leaves out: above all the real model in every one
 test-matrix: install
-	$(BIN)/pytest --matrix -m model
+	$(BIN)/pytest --matrix -m matrix
+	VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 $(BIN)/pytest --matrix -m "matrix and runners"
 
 check: install
 	$(BIN)/ruff check .
