@@ -182,12 +182,20 @@ def refresh(layer: Any, x: Tensor, batch: Batch, kv: str) -> list[Tensor]:
     Returns:
         [N, F, d] each.
     """
-    before = take(x, batch.layout.full_at)
     cache = None if kv == "skip" else _AllPositions(layer, x, batch.rope)
+    return _halves(layer, take(x, batch.layout.full_at), batch.full_rope, batch.drop_mask, cache)
+
+
+def halves(layer: Any, x: Tensor, batch: Batch) -> list[Tensor]:
+    """f^i at every position: the stream before, between and behind its halves, [N, T, d] each."""
+    return _halves(layer, x, batch.rope, batch.mask, None)
+
+
+def _halves(layer: Any, before: Tensor, rope: Any, mask: Any, cache: Any) -> list[Tensor]:
     attended, _ = layer.self_attn(
         hidden_states=layer.input_layernorm(before),
-        position_embeddings=batch.full_rope,
-        attention_mask=batch.drop_mask,
+        position_embeddings=rope,
+        attention_mask=mask,
         past_key_values=cache,
     )
     middle = before + attended
@@ -206,24 +214,40 @@ def update(
     Returns:
         [N, T, d]  the layer's output.
     """
-    layout, rule = batch.layout, REUSE[config.reuse]
-    ends = stream if len(of) == 2 else stream[::2]
+    layout = batch.layout
     z = take(x, layout.lora_at)
-    for site, (before, after) in zip(of, pairwise(ends)):
-        state = kept(before, after, rule, site.gate)
-        inputs = _sum_over_runs(z, layout) if rule.writes_back else z
-        z = drop_update(
-            inputs,
-            None if state is None else state.flatten(0, 1),
-            layout.slots,
-            site.A.to(x.dtype),
-            site.B.to(x.dtype),
-            config.scale,
-            rule.beta,
-            writes_back=False,
-        ).to(x.dtype)
+    for site, (before, after) in zip(of, pairwise(ends(stream, config))):
+        z = through(site, z, before, after, layout, config)
     result = torch.cat((stream[-1].flatten(0, 1), z)).index_select(0, layout.source)
     return result.view_as(x)
+
+
+def ends(stream: list[Tensor], config: AdapterConfig) -> list[Tensor]:
+    """The stream at the ends of a layer's sites, out of that at the ends of its halves."""
+    return stream if config.injection == "attn_mlp" else stream[::2]
+
+
+def through(
+    site: Site, z: Tensor, before: Tensor, after: Tensor, layout: Layout, config: AdapterConfig
+) -> Tensor:
+    """The LoRA positions' rows behind a site.
+
+    Args:
+        z: [M, d]  before it
+        before, after: [N, F, d]  the full positions' rows on both sides
+    """
+    rule = REUSE[config.reuse]
+    state = kept(before, after, rule, site.gate)
+    return drop_update(
+        _sum_over_runs(z, layout) if rule.writes_back else z,
+        None if state is None else state.flatten(0, 1),
+        layout.slots,
+        site.A.to(z.dtype),
+        site.B.to(z.dtype),
+        config.scale,
+        rule.beta,
+        writes_back=False,
+    ).to(z.dtype)
 
 
 def kept(before: Tensor, after: Tensor, rule: Reuse, gate: Tensor | None) -> Tensor | None:
