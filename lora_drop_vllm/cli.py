@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lora_drop_vllm import __version__
+from lora_drop_vllm.cli_flags import (
+    layer_flags,
+    model_flags,
+    numbers,
+    positive,
+    shares,
+)
 
 DEMO_EXAMPLES = """examples:
   lora-drop demo
   lora-drop demo --rho 0.1 --k 1 --tokens 32
 """
 FIT_EXAMPLES = """examples:
-  lora-drop fit ./model --text corpus.txt --drop-layers 10-16 --out ./adapter
+  lora-drop fit ./model --corpus books.txt web.jsonl.gz --out ./adapter
+  lora-drop fit ./model --corpus books.txt --layers 10-16 --rank 64 --kv write --out ./adapter
+  lora-drop fit ./model --corpus books.txt --layers kl --profile p/profile.json --out ./adapter
+"""
+PROFILE_EXAMPLES = """examples:
+  lora-drop profile ./model --corpus web.jsonl.gz --out ./profile --plots
+  lora-drop profile ./model --corpus web.jsonl.gz --criterion kl --rank 64 --out ./profile
 """
 EVALUATE_EXAMPLES = """examples:
   lora-drop evaluate ./model --adapter ./adapter --text book.txt
@@ -63,17 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print one JSON object instead")
     check.set_defaults(run=_check)
 
-    fit = _command(commands, "fit", "fit an adapter in closed form", FIT_EXAMPLES)
-    fit.add_argument("model", type=Path, help="model folder")
-    fit.add_argument("--text", required=True, type=Path, help="plain text to fit on (UTF-8)")
-    fit.add_argument("--out", required=True, type=Path, help="adapter folder to write")
-    fit.add_argument("--drop-layers", required=True, type=_layers, help="such as 10-16 or 5,9,12")
-    fit.add_argument("--k", type=int, default=3, help="default: 3")
-    fit.add_argument("--rank", type=int, default=16, help="default: 16")
-    fit.add_argument("--reuse", default="update", help="anchor, update (default) or none")
-    fit.add_argument("--kv", default="skip", help="skip (default) or write")
-    fit.add_argument("--windows", type=int, default=96, help="of 256 tokens (default: 96)")
-    fit.set_defaults(run=_fit)
+    _making(commands)
 
     evaluate = _command(
         commands, "evaluate", "score an adapter against its base model, offline", EVALUATE_EXAMPLES
@@ -83,10 +87,30 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--text", type=Path, help="plain text (UTF-8) for perplexity")
     evaluate.add_argument("--tasks", default="", help="JSONL files, or names in --data; by comma")
     evaluate.add_argument("--data", type=Path, default=Path(), help="folder of NAME.jsonl")
-    evaluate.add_argument("--limit", type=_positive, help="windows, and questions a task, at most")
+    evaluate.add_argument("--limit", type=positive, help="windows, and questions a task, at most")
     evaluate.add_argument("--json", type=Path, metavar="OUT", help="write the report there too")
     evaluate.set_defaults(run=_evaluate)
     return parser
+
+
+def _making(commands: Any) -> None:
+    """The commands that make an adapter."""
+    fit = _command(commands, "fit", "fit an adapter in closed form", FIT_EXAMPLES)
+    model_flags(fit)
+    layer_flags(fit)
+    fit.add_argument("--out", required=True, type=Path, help="adapter folder to write")
+    fit.add_argument("--tokens", type=int, default=32768, help="of the corpus (default: 32768)")
+    fit.set_defaults(run=_fit)
+
+    profile = _command(commands, "profile", "measure which layers may drop", PROFILE_EXAMPLES)
+    model_flags(profile)
+    profile.add_argument("--out", required=True, type=Path, help="folder to write")
+    profile.add_argument("--criterion", default="similarity", choices=("similarity", "kl"))
+    profile.add_argument("--distances", type=numbers, default=(1, 2, 3, 5, 10), help="of tokens")
+    profile.add_argument("--rho", type=shares, default=(0.25, 0.5, 0.75), help="such as 0.25,0.5")
+    profile.add_argument("--tokens", type=int, default=16384, help="of the corpus (default: 16384)")
+    profile.add_argument("--plots", action="store_true", help="draw figures too (matplotlib)")
+    profile.set_defaults(run=_profile)
 
 
 def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -100,20 +124,11 @@ def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.
     return parser
 
 
-def _layers(text: str) -> list[int]:
-    """Parse `10-16` or `5,9,12` into layer numbers."""
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        layers |= set(range(int(first), int(last or first) + 1))
-    return sorted(layers)
+def _settings(arguments: argparse.Namespace, **given: Any) -> Any:
+    from lora_drop_vllm.offline.settings import Settings
 
-
-def _positive(text: str) -> int:
-    """Parse a number of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    flags = {f.name for f in fields(Settings)} & vars(arguments).keys()
+    return Settings(**{**{name: getattr(arguments, name) for name in flags}, **given})
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -125,20 +140,26 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _fit(arguments: argparse.Namespace) -> int:
     from lora_drop_vllm.offline.fit import fit
-    from lora_drop_vllm.offline.tasks import read_text
 
-    config = fit(
+    settings = _settings(arguments)
+    print(fit(arguments.model, arguments.corpus, settings, arguments.out, arguments.profile))
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from lora_drop_vllm.offline.profiler import profile
+
+    report = profile(
         arguments.model,
-        read_text(arguments.text),
+        arguments.corpus,
+        _settings(arguments, rho=None),
         arguments.out,
-        drop_layers=arguments.drop_layers,
-        k=arguments.k,
-        rank=arguments.rank,
-        reuse=arguments.reuse,
-        kv=arguments.kv,
-        windows=arguments.windows,
+        criterion=arguments.criterion,
+        distances=arguments.distances,
+        rhos=arguments.rho,
+        plots=arguments.plots,
     )
-    print(f"{arguments.out}: drop layers {config.drop_layers}, rank {config.r}")
+    print(report)
     return 0
 
 

@@ -64,6 +64,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def smooth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer, whose layers add so little that they can be replaced."""
+    folder = tiny.make_model(tmp_path_factory.mktemp("smooth") / "model", "llama")
+    model = tiny.load_model(folder)
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight.data *= 0.2
+    model.save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def hf_models(models: dict[str, Path]) -> dict[str, torch.nn.Module]:
     """The same models as Hugging Face modules in fp32, for the oracle."""
     return {family: tiny.load_model(folder) for family, folder in models.items()}

@@ -1,4 +1,4 @@
-"""`lora-drop`: check says what fits, errors are one line, fit makes an adapter that helps."""
+"""`lora-drop`: check says what fits, errors are one line, the bundled adapter helps."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ from tiny import make_adapter
 
 from lora_drop_vllm.cli import main
 from lora_drop_vllm.demo import BUNDLED_ADAPTER
-from lora_drop_vllm.method.adapter import (
-    AdapterConfig,
-    BaseModel,
-    load_tensors,
-    read_config,
-    save_adapter,
-)
-from lora_drop_vllm.offline.fit import _fit_layer, fit_tensors
+from lora_drop_vllm.method.adapter import load_tensors, read_config
 
 TEXT = (
     "Bees find their way home by the position of the sun. When the sky is covered, they can still "
@@ -51,41 +44,10 @@ def test_check_refuses_a_pair_that_does_not_fit(
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "check", "fit", "evaluate"):
+    for command in ("demo", "check", "profile", "fit", "evaluate"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "examples:" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("reuse", ["anchor", "update", "none"])
-def test_a_fitted_layer_is_nearer_to_its_target(reuse: str) -> None:
-    """Where a map of rank 4 and a gate are all there is, they are found."""
-    config = AdapterConfig(
-        "", BaseModel("llama", 8, 32), 4, 8.0, 0.5, 3, [3], reuse, "skip", "block"
-    )
-    x, kept, noise = (torch.randn(400, 32) for _ in range(3))
-    low = torch.randn(32, 4) @ torch.randn(4, 32) / 8
-    gate = torch.rand(32)
-    term = {"anchor": kept, "update": x + gate * kept, "none": x}[reuse]
-    target = term + x @ low + 0.01 * noise
-    A, B, fitted = _fit_layer(x, target, kept if reuse != "none" else 0 * kept, config)
-    assert A.shape == (4, 32) and B.shape == (32, 4)
-    term = {"anchor": kept, "update": x if fitted is None else x + fitted * kept, "none": x}[reuse]
-    update = term + config.scale * x @ A.T @ B.T
-    assert (update - target).std() < 0.1 * (term - target).std()
-    if reuse == "update":
-        torch.testing.assert_close(fitted, gate, atol=0.2, rtol=0)
-
-
-def test_fit_writes_an_adapter_that_loads(models: dict[str, Path], tmp_path: Path) -> None:
-    from lora_drop_vllm.config import resolve
-
-    model = tiny.load_model(models["llama"])
-    base = BaseModel("llama", 8, 128)
-    config = AdapterConfig("", base, 4, 4.0, 0.5, 3, [3, 5], "update", "skip", "block")
-    batch = torch.randint(3, tiny.VOCAB, (4, 64))
-    save_adapter(tmp_path, config, fit_tensors(model, batch, config, 16))
-    assert resolve({"adapter": str(tmp_path)}, base).drop_layers == (3, 5)
 
 
 @pytest.mark.model

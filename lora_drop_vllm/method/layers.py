@@ -39,3 +39,20 @@ def choose_layers(choice: str, count: int, candidates: Sequence[int]) -> list[in
         first = (len(ordered) - count) // 2
         return ordered[first : first + count]
     raise ValueError(f"unknown choice {choice!r}; one of {', '.join(CHOICES)}")
+
+
+def rank_layers(
+    choice: str, count: int, candidates: Sequence[int], scores: Sequence[float]
+) -> list[int]:
+    """Pick `count` of `candidates` by the scores of all layers (Sec. IV-C); lower index on a tie.
+
+    `contiguous` takes the run of candidates with the highest mean score, `uniform` looks at none,
+    and any other choice, named after what the scores are, takes the highest.
+    """
+    ordered = sorted(candidates)
+    if choice == "uniform":
+        return choose_layers(choice, count, candidates)
+    if choice == "contiguous":
+        runs = [ordered[first : first + count] for first in range(len(ordered) - count + 1)]
+        return max(runs, key=lambda run: sum(scores[i] for i in run))
+    return sorted(sorted(ordered, key=lambda i: -scores[i])[:count])

@@ -54,6 +54,11 @@ def perplexity(
     return {kind: _closeness(total) for kind, total in sums.items() if total[0] > 0}
 
 
+def divergence(log_p: Tensor, base_log_p: Tensor) -> Tensor:
+    """KL(base || this) in nats; [R, V] each to [R]."""
+    return (base_log_p.exp() * (base_log_p - log_p)).sum(-1)
+
+
 def _measures(logits: Tensor, base_logits: Tensor, targets: Tensor) -> Tensor:
     """A row of 1, both losses, KL and agreement per prediction; [R, V], [R, V], [R] to [R, 5]."""
     log_p, base_log_p = logits.float().log_softmax(-1), base_logits.float().log_softmax(-1)
@@ -62,7 +67,7 @@ def _measures(logits: Tensor, base_logits: Tensor, targets: Tensor) -> Tensor:
         torch.ones_like(at[:, 0]),
         -log_p.gather(1, at)[:, 0],
         -base_log_p.gather(1, at)[:, 0],
-        (base_log_p.exp() * (base_log_p - log_p)).sum(-1),
+        divergence(log_p, base_log_p),
         log_p.argmax(-1) == base_log_p.argmax(-1),
     )
     return torch.stack([column.double() for column in columns], dim=1)

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_drop_vllm.method.adapter import load_tensors, read_config
 from lora_drop_vllm.offline.closeness import perplexity
 from lora_drop_vllm.offline.parallel import ParallelDecoder
+from lora_drop_vllm.offline.pretrained import open_model
 from lora_drop_vllm.offline.scoring import run_task
 from lora_drop_vllm.offline.tasks import read_task, read_text, task_path
 from lora_drop_vllm.offline.trainable import Adapter
@@ -55,7 +55,7 @@ def evaluate(
     tensors = load_tensors(adapter, config)
     words = read_text(text) if text else None
     questions = [read_task(task_path(name, data), limit) for name in tasks]
-    base, tokenizer = _open(model)
+    base, tokenizer = open_model(model)
     decoder = ParallelDecoder(base, Adapter(config, tensors).to(base.device))
     report: dict[str, Any] = {"model": model, "adapter": asdict(config)}
     if words is not None:
@@ -70,18 +70,6 @@ def evaluate(
     if out is not None:
         out.write_text(json.dumps(report, indent=2) + "\n")
     return _render(report)
-
-
-def _open(model: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    cuda = torch.cuda.is_available()
-    base: Any
-    try:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto" if cuda else torch.float32)
-        return base.to("cuda" if cuda else "cpu"), AutoTokenizer.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(f"{model}: no such model folder, nor one in the local cache") from error
 
 
 def _windows(tokenizer: Any, text: str, limit: int | None) -> Tensor:

@@ -1,0 +1,68 @@
+"""Flags that several commands share, and how their values are parsed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """The model, the text, and what an adapter is made for."""
+    parser.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
+    parser.add_argument(
+        "--corpus",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="plain text or JSON lines with a field `text`; .gz too",
+    )
+    parser.add_argument("--k", type=int, default=3, help="LoRA steps per full step (default: 3)")
+    parser.add_argument("--rank", type=int, default=16, help="default: 16")
+    parser.add_argument(
+        "--reuse", default="update", help="previous, anchor, update (default), none"
+    )
+    parser.add_argument("--kv", default="skip", help="skip (default) or write")
+    parser.add_argument("--injection", default="block", help="block (default) or attn_mlp")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row (default: 256)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+
+
+def layer_flags(parser: argparse.ArgumentParser) -> None:
+    """Which layers drop."""
+    parser.add_argument("--rho", type=float, help="share of eligible layers in D (default: 0.25)")
+    parser.add_argument(
+        "--layers",
+        default="contiguous",
+        type=layer_numbers,
+        help="contiguous (default), uniform, similarity, kl, or such as 10-16 or 3,5,9",
+    )
+    parser.add_argument("--profile", type=Path, help="profile.json that scores the layers")
+
+
+def layer_numbers(text: str) -> str | tuple[int, ...]:
+    """Parse `10-16` or `5,9,12` into layer numbers; a name stays one."""
+    if not text[:1].isdigit():
+        return text
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        layers |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(layers))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Parse `1,2,3` into numbers of at least 1."""
+    return tuple(positive(part) for part in text.split(","))
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Parse `0.25,0.5`."""
+    return tuple(float(part) for part in text.split(","))
+
+
+def positive(text: str) -> int:
+    """Parse a number of at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)

@@ -1,0 +1,220 @@
+"""Text to fit and train on: files of documents, cut into packed rows of tokens.
+
+A plain text file is one document; of a `.jsonl` file every line is one, in its field `text`. Both
+may be gzipped (`.gz`). Lines that cannot be used are skipped and counted.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_drop_vllm.offline.positions import Schedule
+
+SHORTEST = 8  # tokens of a sequence
+CHARACTERS = 16  # of a passage, per token of a row: a few rows' worth of text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of some files; `skipped` lines could not be used."""
+
+    documents: list[str]
+    skipped: int
+
+
+def read_corpus(files: Sequence[Path]) -> Corpus:
+    """All documents that hold something.
+
+    Raises:
+        ValueError: a file cannot be read, is binary, or has nothing in it that can be used.
+    """
+    documents: list[str] = []
+    skipped = 0
+    for path in files:
+        found, reasons = _read_file(path)
+        if not found:
+            raise ValueError(
+                f"--corpus {path}: "
+                + (
+                    f"no line can be used; {reasons[0]} ({len(reasons)} such lines)"
+                    if reasons
+                    else "empty; name a file with text in it"
+                )
+            )
+        documents += found
+        skipped += len(reasons)
+    return Corpus(documents, skipped)
+
+
+def _read_file(path: Path) -> tuple[list[str], list[str]]:
+    """Documents of a file, and why its other lines are none."""
+    jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
+    texts: list[str] = []
+    reasons: list[str] = []
+    try:
+        for number, line in enumerate(_lines(path), start=1):
+            if b"\0" in line:
+                raise ValueError(
+                    f"--corpus {path}: a binary file (NUL in line {number}); name a text file"
+                )
+            if not line.strip():
+                texts += [] if jsonl else ["\n"]
+                continue
+            try:
+                texts.append(_text(line) if jsonl else line.decode())
+            except UnicodeDecodeError:
+                reasons.append(f"line {number} is not UTF-8")
+            except (json.JSONDecodeError, KeyError):
+                reasons.append(f"line {number} is no JSON object with a text in its field `text`")
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--corpus {path}: cannot be read ({reason}); check the file") from error
+    if not jsonl:
+        texts = ["".join(texts)]
+    return [text for text in texts if text.strip()], reasons
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        yield from file
+
+
+def _text(line: bytes) -> str:
+    raw = json.loads(line)
+    if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
+        raise KeyError("text")
+    return str(raw["text"])
+
+
+class Position(NamedTuple):
+    """Where a row begins: pass over the corpus, passage of that pass, token of that passage."""
+
+    epoch: int = 0
+    passage: int = 0
+    token: int = 0
+
+
+class Row(NamedTuple):
+    """T tokens or fewer, and the lengths of the sequences they are, one behind the other."""
+
+    tokens: list[int]
+    lengths: list[int]
+
+
+class Rows:
+    """Endless packed rows of T tokens; the seed decides the order of the passages.
+
+    Long documents are cut into passages, so that one of them does not make up a whole run. What is
+    left of a passage at the end of a row begins the next one as a sequence of its own.
+
+    Attributes:
+        length: T
+        position: of the next row; a second object that starts there goes on alike
+
+    Raises:
+        ValueError: the corpus is shorter than one row.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Any,
+        length: int,
+        seed: int,
+        position: Position | None = None,
+    ) -> None:
+        if length < SHORTEST:
+            raise ValueError(f"--length {length}: expected {SHORTEST} tokens or more")
+        size = CHARACTERS * length
+        self._passages = [
+            document[start : start + size]
+            for document in corpus.documents
+            for start in range(0, len(document), size)
+        ]
+        self._tokenizer, self.length, self._seed = tokenizer, length, seed
+        self._order: tuple[int, list[int]] | None = None
+        self._tokens: tuple[int, list[int]] | None = None
+        found = 0
+        for number in range(len(self._passages)):
+            found += len(self._tokens_of(number))
+            if found >= length:
+                break
+        else:
+            raise ValueError(
+                f"--corpus: {found} tokens, and a row takes {length}; give more text or lower "
+                "--length"
+            )
+        self.position = position or Position()
+
+    def __iter__(self) -> Iterator[Row]:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Row:
+        """The next row, from `position`."""
+        row = Row([], [])
+        while (room := self.length - len(row.tokens)) >= SHORTEST:
+            epoch, passage, token = self.position
+            piece = self._tokens_of(self._at(epoch, passage))[token : token + room]
+            if len(piece) >= SHORTEST:
+                row.tokens.extend(piece)
+                row.lengths.append(len(piece))
+                self.position = Position(epoch, passage, token + len(piece))
+            else:
+                last = passage + 1 == len(self._passages)
+                self.position = Position(epoch + 1) if last else Position(epoch, passage + 1)
+        return row
+
+    def _at(self, epoch: int, passage: int) -> int:
+        """Number of a pass's passage among all passages."""
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(_mixed(self._seed, epoch))
+            order = torch.randperm(len(self._passages), generator=generator)
+            self._order = epoch, order.tolist()
+        return self._order[1][passage]
+
+    def _tokens_of(self, number: int) -> list[int]:
+        if self._tokens is None or self._tokens[0] != number:
+            self._tokens = number, self._tokenizer(self._passages[number]).input_ids
+        return self._tokens[1]
+
+
+def stack(rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor]:
+    """Tokens and sequence numbers of a batch, [N, T] each; padding has token 0 and number -1."""
+    tokens = torch.zeros(len(rows), length, dtype=torch.long)
+    sequence = torch.full((len(rows), length), -1)
+    first = 0
+    for n, row in enumerate(rows):
+        tokens[n, : len(row.tokens)] = torch.tensor(row.tokens)
+        numbers = torch.arange(first, first + len(row.lengths))
+        sequence[n, : len(row.tokens)] = numbers.repeat_interleave(torch.tensor(row.lengths))
+        first += len(row.lengths)
+    return tokens, sequence
+
+
+def random_schedule(sequence: Tensor, k: int, seed: int, number: int) -> Schedule:
+    """Prompts of 1 token to half of their sequence, and any phase; drawn anew for each batch.
+
+    Args:
+        sequence: [N, T]  from `stack`
+        number: of the batch
+    """
+    generator = torch.Generator().manual_seed(_mixed(seed, number))
+    lengths = sequence[sequence >= 0].bincount().cpu()
+    share = torch.rand(len(lengths), generator=generator)
+    prompt = 1 + (share * (lengths // 2)).long()
+    phase = torch.randint(0, k + 1, (len(lengths),), generator=generator)
+    return Schedule.of(sequence, prompt, k, phase)
+
+
+def _mixed(seed: int, number: int) -> int:
+    return (seed * 1_000_003 + number) % 2**63

@@ -1,0 +1,48 @@
+"""Figures from a profile; needs matplotlib, of the extra `train`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from lora_drop_vllm.offline.profiler import HORIZON, Profile
+
+
+def require_matplotlib() -> None:
+    """Raise ValueError where figures cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "--plots: matplotlib is not installed; pip install 'lora_drop_vllm[train]', or leave "
+            "--plots out"
+        )
+
+
+def plot_profile(profile: Profile, folder: Path) -> list[Path]:
+    """`distances.png` like Fig. 1 and `layers.png` like Fig. 4; returns what was written."""
+    figure, (left, right) = _figure(2, (9, 3.5))
+    left.plot(profile.distances, profile.mean_curve(), marker="o")
+    left.axhline(HORIZON, linestyle=":", color="grey")
+    left.set(xlabel="token distance", ylabel="cosine similarity, mean of all layers")
+    horizons = [profile.horizon(row) for row in profile.similarity]
+    right.bar(range(len(horizons)), horizons)
+    right.set(xlabel="layer", ylabel=f"similarity horizon (at least {HORIZON})")
+    first = _save(figure, folder / "distances.png")
+    figure, (axes,) = _figure(1, (6, 4))
+    for distance, curve in zip(profile.distances, zip(*profile.similarity)):
+        axes.plot(range(len(curve)), curve, marker=".", label=f"distance {distance}")
+    axes.set(xlabel="layer", ylabel="cosine similarity")
+    axes.legend()
+    return [first, _save(figure, folder / "layers.png")]
+
+
+def _figure(columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,116 @@
+"""What a new adapter is to be: the flags that `fit` and `train` share, checked against a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
+from lora_drop_vllm.method.layers import (
+    CHOICES,
+    choose_layers,
+    eligible_layers,
+    num_drop_layers,
+    rank_layers,
+)
+from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
+
+CRITERIA = ("similarity", "kl")  # named choices that need scores of the layers
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of a new adapter.
+
+    Attributes:
+        rho: share of the eligible layers that drop; None where `layers` names them
+        layers: a named choice, or the drop layers themselves
+        length: tokens of a row
+        tokens: of the corpus, at most
+    """
+
+    rho: float | None = None
+    layers: str | tuple[int, ...] = CHOICES[0]
+    k: int = 3
+    rank: int = 16
+    reuse: str = "update"
+    kv: str = "skip"
+    injection: str = "block"
+    length: int = 256
+    tokens: int = 32768
+    seed: int = 0
+
+    def check(self, base: BaseModel) -> None:
+        """Raise ValueError for what cannot be made for a model, naming the flag."""
+
+        def require(ok: bool, flag: str, value: object, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"--{flag} {value}: expected {allowed}")
+
+        eligible = eligible_layers(base.num_hidden_layers)
+        if isinstance(self.layers, str):
+            names = (*CHOICES, *CRITERIA)
+            require(self.layers in names, "layers", self.layers, f"{', '.join(names)} or 3,5,9")
+            rho = 0.25 if self.rho is None else self.rho
+            require(0 <= rho <= 1, "rho", rho, "0 to 1; write 0.25 for a quarter")
+            least = 0.5 / max(len(eligible), 1)
+            require(
+                num_drop_layers(rho, base.num_hidden_layers) >= 1,
+                "rho",
+                rho,
+                f"{least:.3f} or more: of {len(eligible)} eligible layers none would drop",
+            )
+        else:
+            require(self.rho is None, "rho", self.rho, "nothing: --layers names the layers")
+            require(
+                set(self.layers) <= set(eligible) and len(self.layers) > 0,
+                "layers",
+                ",".join(map(str, self.layers)),
+                f"layers of {eligible}; of {base.num_hidden_layers} the first 3 and the last 1 "
+                "always run",
+            )
+        require(self.k >= 1, "k", self.k, "1 or more: without LoRA steps nothing is dropped")
+        d = base.hidden_size
+        require(1 <= self.rank <= d, "rank", self.rank, f"1 to {d}, the model's width")
+        require(self.reuse in REUSE, "reuse", self.reuse, f"one of {', '.join(REUSE)}")
+        require(self.kv in KV_MODES, "kv", self.kv, f"one of {', '.join(KV_MODES)}")
+        require(self.injection in SITES, "injection", self.injection, f"one of {', '.join(SITES)}")
+        require(
+            self.tokens >= self.length, "tokens", self.tokens, f"--length {self.length} or more"
+        )
+
+    def config(
+        self, name: str, base: BaseModel, scores: Sequence[float] | None = None
+    ) -> AdapterConfig:
+        """Of the new adapter for a model called `name`.
+
+        Args:
+            scores: of every layer, from a profile; the criteria need them
+
+        Raises:
+            ValueError: see `check`.
+        """
+        self.check(base)
+        eligible = eligible_layers(base.num_hidden_layers)
+        if isinstance(self.layers, str):
+            rho = 0.25 if self.rho is None else self.rho
+            count = num_drop_layers(rho, base.num_hidden_layers)
+            if scores is None:
+                chosen = choose_layers(self.layers, count, eligible)
+            else:
+                chosen = rank_layers(self.layers, count, eligible, scores)
+        else:
+            chosen = sorted(set(self.layers))
+            rho = len(chosen) / len(eligible)
+        return AdapterConfig(
+            base_model_name_or_path=name,
+            base_model=base,
+            r=self.rank,
+            lora_alpha=float(self.rank),
+            rho=rho,
+            k=self.k,
+            drop_layers=chosen,
+            reuse=self.reuse,
+            kv=self.kv,
+            injection=self.injection,
+        )
