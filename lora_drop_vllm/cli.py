@@ -15,6 +15,7 @@ from lora_drop_vllm.cli_flags import (
     numbers,
     positive,
     shares,
+    training_flags,
 )
 
 DEMO_EXAMPLES = """examples:
@@ -25,6 +26,11 @@ FIT_EXAMPLES = """examples:
   lora-drop fit ./model --corpus books.txt web.jsonl.gz --out ./adapter
   lora-drop fit ./model --corpus books.txt --layers 10-16 --rank 64 --kv write --out ./adapter
   lora-drop fit ./model --corpus books.txt --layers kl --profile p/profile.json --out ./adapter
+"""
+TRAIN_EXAMPLES = """examples:
+  lora-drop train ./model --corpus web.jsonl.gz --steps 500 --out ./adapter
+  lora-drop train ./model --corpus web.jsonl.gz --from ./fitted --lr 5e-4 --kl 1 --ce 0 --out ./b
+  accelerate launch -m lora_drop_vllm.cli train ./model --corpus web.jsonl.gz --bf16 --out ./c
 """
 PROFILE_EXAMPLES = """examples:
   lora-drop profile ./model --corpus web.jsonl.gz --out ./profile --plots
@@ -102,6 +108,18 @@ def _making(commands: Any) -> None:
     fit.add_argument("--tokens", type=int, default=32768, help="of the corpus (default: 32768)")
     fit.set_defaults(run=_fit)
 
+    train = _command(
+        commands, "train", "train an adapter; --out goes on after a kill", TRAIN_EXAMPLES
+    )
+    model_flags(train)
+    layer_flags(train)
+    training_flags(train)
+    train.add_argument("--tokens", type=int, default=32768, help="for --from fit (default: 32768)")
+    train.add_argument("--from", dest="start", default="fit", help="fit (default), zero, or DIR")
+    train.add_argument("--out", required=True, type=Path, help="adapter folder to write")
+    train.add_argument("--plots", action="store_true", help="draw the curves too (matplotlib)")
+    train.set_defaults(run=_train)
+
     profile = _command(commands, "profile", "measure which layers may drop", PROFILE_EXAMPLES)
     model_flags(profile)
     profile.add_argument("--out", required=True, type=Path, help="folder to write")
@@ -143,6 +161,25 @@ def _fit(arguments: argparse.Namespace) -> int:
 
     settings = _settings(arguments)
     print(fit(arguments.model, arguments.corpus, settings, arguments.out, arguments.profile))
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from lora_drop_vllm.offline.gradient import Plan
+    from lora_drop_vllm.offline.trainer import train
+
+    print(
+        train(
+            arguments.model,
+            arguments.corpus,
+            _settings(arguments),
+            Plan(**{f.name: getattr(arguments, f.name) for f in fields(Plan)}),
+            arguments.out,
+            start=arguments.start,
+            profile=arguments.profile,
+            plots=arguments.plots,
+        )
+    )
     return 0
 
 

@@ -40,6 +40,28 @@ def layer_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", type=Path, help="profile.json that scores the layers")
 
 
+def training_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of `offline.gradient.Plan`."""
+    for flag, kind, default, meaning in (
+        ("--steps", int, 500, "optimizer steps"),
+        ("--batch", int, 4, "rows at once"),
+        ("--accumulate", int, 1, "batches a step"),
+        ("--lr", float, 1e-3, "highest learning rate"),
+        ("--warmup", int, 20, "steps up to there; then it falls along a cosine"),
+        ("--clip", float, 1.0, "norm of the gradient, at most"),
+        ("--ce", float, 1.0, "weight of the next-token cross-entropy"),
+        ("--kl", float, 1.0, "weight of KL(base || student)"),
+        ("--hidden", float, 0.0, "weight of the distance of the hidden states"),
+        ("--save-every", int, 50, "steps between two checkpoints"),
+    ):
+        parser.add_argument(
+            flag, type=kind, default=default, help=f"{meaning} (default: {default})"
+        )
+    parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
+    parser.add_argument("--attention", default="sdpa", help="sdpa (default), flex or xformers")
+
+
 def layer_numbers(text: str) -> str | tuple[int, ...]:
     """Parse `10-16` or `5,9,12` into layer numbers; a name stays one."""
     if not text[:1].isdigit():

@@ -44,7 +44,7 @@ def test_check_refuses_a_pair_that_does_not_fit(
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "check", "profile", "fit", "evaluate"):
+    for command in ("demo", "check", "profile", "fit", "train", "evaluate"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "examples:" in capsys.readouterr().out

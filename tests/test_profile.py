@@ -174,8 +174,10 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_figures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from lora_drop_vllm.offline.plots import plot_profile
+    from lora_drop_vllm.offline.plots import plot_profile, plot_training
 
     plot_profile(Profile(BASE, 1, [1, 2], [[0.9, 0.4]] * 8), tmp_path)
-    names = ("distances.png", "layers.png")
+    log = [{"step": n, "loss": 1.0, "ce": 1.0, "kl": 1.0, "hidden": 0.0, "lr": 1.0} for n in (1, 2)]
+    plot_training(log, tmp_path / "training.png")
+    names = ("distances.png", "layers.png", "training.png")
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -93,7 +94,9 @@ def save_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]
     check_tensors(folder, config, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / TENSOR_FILE)
+    scratch = folder / f"{TENSOR_FILE}.new"  # a folder in use never holds half a file
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch)
+    os.replace(scratch, folder / TENSOR_FILE)
 
 
 def read_config(folder: Path) -> AdapterConfig:

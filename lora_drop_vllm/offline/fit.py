@@ -71,7 +71,8 @@ def new_config(
 def check_fitted(reuse: str) -> None:
     """Raise ValueError where there is no closed form."""
     if reuse in REUSE and REUSE[reuse].writes_back:
+        others = ", ".join(name for name, rule in REUSE.items() if not rule.writes_back)
         raise ValueError(
-            f"--reuse {reuse}: recurrent, there is no closed form; choose "
-            f"one of {', '.join(name for name, rule in REUSE.items() if not rule.writes_back)}"
+            f"--reuse {reuse}: recurrent, there is no closed form; use `lora-drop train` with "
+            f"--from zero, or one of {others}"
         )

@@ -1,8 +1,9 @@
-"""Figures from a profile; needs matplotlib, of the extra `train`."""
+"""Figures from a profile and from a training log; needs matplotlib, of the extra `train`."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,19 @@ def plot_profile(profile: Profile, folder: Path) -> list[Path]:
     axes.set(xlabel="layer", ylabel="cosine similarity")
     axes.legend()
     return [first, _save(figure, folder / "layers.png")]
+
+
+def plot_training(log: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Losses and learning rate over the steps of a training log."""
+    figure, (left, right) = _figure(2, (9, 3.5))
+    steps = [entry["step"] for entry in log]
+    for name in ("loss", "ce", "kl", "hidden"):
+        left.plot(steps, [entry[name] for entry in log], label=name)
+    left.set(xlabel="step", ylabel="per token")
+    left.legend()
+    right.plot(steps, [entry["lr"] for entry in log])
+    right.set(xlabel="step", ylabel="learning rate")
+    _save(figure, path)
 
 
 def _figure(columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:

@@ -79,6 +79,18 @@ class Settings:
             self.tokens >= self.length, "tokens", self.tokens, f"--length {self.length} or more"
         )
 
+    def check_agrees(self, adapter: AdapterConfig, folder: str) -> None:
+        """Raise ValueError where a flag asks for another adapter than the one to go on from."""
+        plain, theirs = Settings(), {"rank": adapter.r, "rho": adapter.rho}
+        theirs |= {"layers": tuple(adapter.drop_layers)}
+        for flag in ("rho", "layers", "k", "rank", "reuse", "kv", "injection"):
+            asked, has = getattr(self, flag), theirs.get(flag, getattr(adapter, flag, None))
+            if asked not in (getattr(plain, flag), has):
+                raise ValueError(
+                    f"--{flag} {asked}: the adapter that --from {folder} names has {has}; leave "
+                    f"--{flag} out"
+                )
+
     def config(
         self, name: str, base: BaseModel, scores: Sequence[float] | None = None
     ) -> AdapterConfig:
