@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_vllm.method.adapter import AdapterConfig, save_adapter
-from lora_drop_vllm.method.reuse import REUSE
 from lora_drop_vllm.offline.corpus import read_corpus
-from lora_drop_vllm.offline.layerwise import fit_tensors
+from lora_drop_vllm.offline.layerwise import check_fitted, fit_tensors
 from lora_drop_vllm.offline.parallel import base_model
 from lora_drop_vllm.offline.pretrained import model_name, open_model
 from lora_drop_vllm.offline.profiler import measure, read_profile
@@ -66,13 +65,3 @@ def new_config(
     )
     scores = found.scores("kl" if layers == "kl" else "similarity")
     return settings.config(name, of, scores)
-
-
-def check_fitted(reuse: str) -> None:
-    """Raise ValueError where there is no closed form."""
-    if reuse in REUSE and REUSE[reuse].writes_back:
-        others = ", ".join(name for name, rule in REUSE.items() if not rule.writes_back)
-        raise ValueError(
-            f"--reuse {reuse}: recurrent, there is no closed form; use `lora-drop train` with "
-            f"--from zero, or one of {others}"
-        )

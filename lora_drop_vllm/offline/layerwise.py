@@ -33,6 +33,16 @@ from lora_drop_vllm.offline.samples import HELD_OUT, Sample
 from lora_drop_vllm.offline.trainable import Site, named
 
 
+def check_fitted(reuse: str) -> None:
+    """Raise ValueError where there is no closed form."""
+    if reuse in REUSE and REUSE[reuse].writes_back:
+        others = ", ".join(name for name, rule in REUSE.items() if not rule.writes_back)
+        raise ValueError(
+            f"--reuse {reuse}: recurrent, there is no closed form; use `lora-drop train` with "
+            f"--from zero, or one of {others}"
+        )
+
+
 @torch.no_grad()
 def fit_tensors(model: Any, samples: Sequence[Sample], config: AdapterConfig) -> dict[str, Tensor]:
     """The adapter's tensors."""

@@ -26,9 +26,9 @@ from lora_drop_vllm.method.adapter import (
 )
 from lora_drop_vllm.offline.checkpoint import Checkpoint, append_log, read_log, write_log
 from lora_drop_vllm.offline.corpus import Corpus, Position, Rows, read_corpus
-from lora_drop_vllm.offline.fit import check_fitted, new_config
+from lora_drop_vllm.offline.fit import new_config
 from lora_drop_vllm.offline.gradient import Devices, Plan, Trainer
-from lora_drop_vllm.offline.layerwise import fit_tensors
+from lora_drop_vllm.offline.layerwise import check_fitted, fit_tensors
 from lora_drop_vllm.offline.parallel import base_model
 from lora_drop_vllm.offline.plots import plot_training, require_matplotlib
 from lora_drop_vllm.offline.pretrained import model_name, open_model
