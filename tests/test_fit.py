@@ -16,8 +16,8 @@ from lora_drop_vllm.method.adapter import BaseModel, load_tensors, read_config
 from lora_drop_vllm.method.reuse import REUSE
 from lora_drop_vllm.offline.closeness import perplexity
 from lora_drop_vllm.offline.corpus import Corpus
-from lora_drop_vllm.offline.layerwise import fit_tensors
-from lora_drop_vllm.offline.parallel import ParallelDecoder, base_model
+from lora_drop_vllm.offline.layerwise import fit_layer, fit_tensors
+from lora_drop_vllm.offline.parallel import ParallelDecoder, base_model, refresh, update
 from lora_drop_vllm.offline.regression import Moments, fit_site
 from lora_drop_vllm.offline.samples import sample
 from lora_drop_vllm.offline.settings import Settings
@@ -100,6 +100,25 @@ def test_a_fitted_adapter_is_nearer_to_the_base(
     assert near < 0.95 * far
 
 
+@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
+def test_previous_is_fitted_on_the_sums_of_its_inputs(smooth_model: Path, injection: str) -> None:
+    """Its layer comes nearer to the base model's; random layers behind it blur that."""
+    model: Any = load_model(smooth_model)
+    settings = Settings(layers=(4,), reuse="previous", injection=injection, rank=64, length=64)
+    config = settings.config("tiny", base_model(model))
+    samples = sample(model, make_tokenizer(), Corpus([WORDS * 200], 0), settings)
+    batches = [part.batch for part in samples]
+    x = [model.model.embed_tokens(part.tokens) for part in samples]
+    layer = model.model.layers[4]
+    with torch.no_grad():
+        of, goals, outputs = fit_layer(layer, x, x, batches, config)
+        zero = [site._replace(B=0 * site.B) for site in of]
+        kept = [update(y, refresh(layer, y, b, config.kv), b, config, zero)
+                for y, b in zip(x, batches)]  # fmt: skip
+    near, far = (sum((a - b).square().sum() for a, b in zip(y, goals)) for y in (outputs, kept))
+    assert near < 0.9 * far
+
+
 def corpus(folder: Path, times: int = 60) -> str:
     (folder / "corpus.txt").write_text(WORDS * times)
     return str(folder / "corpus.txt")
@@ -130,7 +149,6 @@ def test_the_command_writes_an_adapter_that_loads(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--reuse", "previous"], "--reuse previous: recurrent, there is no closed form;"),
         (["--reuse", "best"], "--reuse best: expected one of previous"),
         (["--k", "0"], "--k 0: expected 1 or more"),
         (["--rank", "129"], "--rank 129: expected 1 to 128, the model's width"),

@@ -119,10 +119,9 @@ def test_the_command_writes_what_fit_reads(
         (["--distances", "64"], "--distances 64: no two tokens of a document"),
         (["--rho", "0"], "--rho 0.0: expected more than 0"),
         (["--k", "0"], "--k 0: expected 1 or more"),
-        (["--criterion", "kl", "--reuse", "previous"], "there is no closed form"),
         (["--plots"], "--plots: matplotlib is not installed; pip install"),
     ],
-    ids=["distance", "rho", "k", "previous", "plots"],
+    ids=["distance", "rho", "k", "plots"],
 )
 def test_what_cannot_be_profiled_is_refused(
     smooth_model: Path,

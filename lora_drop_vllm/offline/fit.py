@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_drop_vllm.method.adapter import AdapterConfig, save_adapter
 from lora_drop_vllm.offline.corpus import read_corpus
-from lora_drop_vllm.offline.layerwise import check_fitted, fit_tensors
+from lora_drop_vllm.offline.layerwise import fit_tensors
 from lora_drop_vllm.offline.parallel import base_model
 from lora_drop_vllm.offline.pretrained import model_name, open_model
 from lora_drop_vllm.offline.profiler import measure, read_profile
@@ -28,7 +28,6 @@ def fit(
     Raises:
         ValueError: settings, a corpus or a profile that cannot be used.
     """
-    check_fitted(settings.reuse)
     texts = read_corpus(corpus)
     base, tokenizer = open_model(model)
     settings.check(base_model(base))

@@ -23,6 +23,7 @@ from lora_drop_vllm.offline.parallel import (
     halves,
     kept,
     refresh,
+    regressor,
     run_layer,
     through,
     update,
@@ -31,16 +32,6 @@ from lora_drop_vllm.offline.positions import take
 from lora_drop_vllm.offline.regression import Moments, fit_site
 from lora_drop_vllm.offline.samples import HELD_OUT, Sample
 from lora_drop_vllm.offline.trainable import Site, named
-
-
-def check_fitted(reuse: str) -> None:
-    """Raise ValueError where there is no closed form."""
-    if reuse in REUSE and REUSE[reuse].writes_back:
-        others = ", ".join(name for name, rule in REUSE.items() if not rule.writes_back)
-        raise ValueError(
-            f"--reuse {reuse}: recurrent, there is no closed form; use `lora-drop train` with "
-            f"--from zero, or one of {others}"
-        )
 
 
 @torch.no_grad()
@@ -84,7 +75,7 @@ def fit_layer(
         for number, batch in enumerate(batches):
             state = kept(*around[number], rule, None)
             (held_out if number % HELD_OUT == 1 else fitted).add(
-                z[number],
+                regressor(z[number], batch.layout, rule),
                 take(goals[number][n], batch.layout.lora_at),
                 None if state is None else take(state, batch.layout.slots),
                 rule.beta,

@@ -239,7 +239,7 @@ def through(
     rule = REUSE[config.reuse]
     state = kept(before, after, rule, site.gate)
     return drop_update(
-        _sum_over_runs(z, layout) if rule.writes_back else z,
+        regressor(z, layout, rule),
         None if state is None else state.flatten(0, 1),
         layout.slots,
         site.A.to(z.dtype),
@@ -266,11 +266,17 @@ def kept(before: Tensor, after: Tensor, rule: Reuse, gate: Tensor | None) -> Ten
     return change.to(after.dtype)
 
 
-def _sum_over_runs(z: Tensor, layout: Layout) -> Tensor:
-    """Sum of a site's inputs since the last full position, at every LoRA position; [M, d], fp32.
+def regressor(z: Tensor, layout: Layout, rule: Reuse) -> Tensor:
+    """What A reads in place of a site's inputs, so that c_i is always that of a full step.
 
-    x_t = x_{t-1} + s B A z_t (`previous`) unrolls to x_t = x_a + s B A (z_{a+1} + ... + z_t).
+    x_t = x_{t-1} + s B A z_t (`previous`) unrolls to x_t = x_a + s B A (z_{a+1} + ... + z_t): for
+    that rule the sum of the inputs since the last full position, fp32.
+
+    Args:
+        z: [M, d]  inputs at the LoRA positions
     """
+    if not rule.writes_back:
+        return z
     N, d = layout.full_at.shape[0], z.shape[-1]
     spread = z.new_zeros(layout.source.numel(), d, dtype=torch.float32)
     spread = spread.index_copy(0, layout.lora_at, z.float())

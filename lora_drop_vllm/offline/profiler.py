@@ -22,7 +22,7 @@ from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
 from lora_drop_vllm.method.layers import eligible_layers, num_drop_layers, rank_layers
 from lora_drop_vllm.offline.closeness import divergence
 from lora_drop_vllm.offline.corpus import read_corpus
-from lora_drop_vllm.offline.layerwise import check_fitted, fit_layer
+from lora_drop_vllm.offline.layerwise import fit_layer
 from lora_drop_vllm.offline.parallel import base_model, run_layer
 from lora_drop_vllm.offline.positions import take
 from lora_drop_vllm.offline.pretrained import open_model
@@ -182,10 +182,8 @@ def measure(
     """The profile of a model; with a config also by KL, for updates like those it describes.
 
     Raises:
-        ValueError: a distance that no two tokens of a sequence have, a rule without closed form.
+        ValueError: a distance that no two tokens of a sequence have.
     """
-    if config is not None:
-        check_fitted(config.reuse)
     sums = torch.zeros(model.config.num_hidden_layers, len(distances), dtype=torch.float64)
     pairs = torch.zeros(len(distances))
     for part in tqdm(samples, desc="Profiling", unit="batch"):

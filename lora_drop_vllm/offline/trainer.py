@@ -28,7 +28,7 @@ from lora_drop_vllm.offline.checkpoint import Checkpoint, append_log, read_log, 
 from lora_drop_vllm.offline.corpus import Corpus, Position, Rows, read_corpus
 from lora_drop_vllm.offline.fit import new_config
 from lora_drop_vllm.offline.gradient import Devices, Plan, Trainer
-from lora_drop_vllm.offline.layerwise import check_fitted, fit_tensors
+from lora_drop_vllm.offline.layerwise import fit_tensors
 from lora_drop_vllm.offline.parallel import base_model
 from lora_drop_vllm.offline.plots import plot_training, require_matplotlib
 from lora_drop_vllm.offline.pretrained import model_name, open_model
@@ -126,8 +126,6 @@ def begin(
         settings.check_agrees(config, start)
         return config, load_tensors(Path(start), config)
     settings.check(base_model(base))
-    if start == "fit":
-        check_fitted(settings.reuse)
     samples = sample(base, tokenizer, corpus, settings)
     config = new_config(model, base, settings, samples, profile)
     if start == "fit":
