@@ -19,7 +19,7 @@ from lora_drop_vllm.kernels.reference import drop_update, gated_change
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
 from lora_drop_vllm.method.reuse import REUSE, Reuse
 from lora_drop_vllm.offline.masks import Span, causal_mask, use_backend
-from lora_drop_vllm.offline.positions import Layout, Schedule, take
+from lora_drop_vllm.offline.positions import Layout, Schedule, sum_since_full, take
 from lora_drop_vllm.offline.trainable import Adapter, Site, sites
 
 FAMILIES = ("llama", "qwen2")
@@ -267,22 +267,11 @@ def kept(before: Tensor, after: Tensor, rule: Reuse, gate: Tensor | None) -> Ten
 
 
 def regressor(z: Tensor, layout: Layout, rule: Reuse) -> Tensor:
-    """What A reads in place of a site's inputs, so that c_i is always that of a full step.
+    """What A reads in place of a site's inputs z [M, d], so that c_i is always a full step's.
 
-    x_t = x_{t-1} + s B A z_t (`previous`) unrolls to x_t = x_a + s B A (z_{a+1} + ... + z_t): for
-    that rule the sum of the inputs since the last full position, fp32.
-
-    Args:
-        z: [M, d]  inputs at the LoRA positions
+    x_t = x_{t-1} + s B A z_t (`previous`) unrolls to x_t = x_a + s B A (z_{a+1} + ... + z_t).
     """
-    if not rule.writes_back:
-        return z
-    N, d = layout.full_at.shape[0], z.shape[-1]
-    spread = z.new_zeros(layout.source.numel(), d, dtype=torch.float32)
-    spread = spread.index_copy(0, layout.lora_at, z.float())
-    total = spread.view(N, -1, d).cumsum(1)
-    anchor_at = layout.full_at.flatten()[layout.slots]
-    return take(total, layout.lora_at) - take(total, anchor_at)
+    return sum_since_full(z, layout) if rule.writes_back else z
 
 
 class _AllPositions:

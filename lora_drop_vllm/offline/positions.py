@@ -135,3 +135,13 @@ class Layout:
 def take(x: Tensor, at: Tensor) -> Tensor:
     """Vectors of [N, T, d] by flat position, in the shape of `at`."""
     return x.flatten(0, 1).index_select(0, at.flatten()).view(*at.shape, x.shape[-1])
+
+
+def sum_since_full(z: Tensor, layout: Layout) -> Tensor:
+    """Sum over the LoRA positions up to each one since its last full position; [M, d], fp32."""
+    N, d = layout.full_at.shape[0], z.shape[-1]
+    spread = z.new_zeros(layout.source.numel(), d, dtype=torch.float32)
+    spread = spread.index_copy(0, layout.lora_at, z.float())
+    total = spread.view(N, -1, d).cumsum(1)
+    anchor_at = layout.full_at.flatten()[layout.slots]
+    return take(total, layout.lora_at) - take(total, anchor_at)
