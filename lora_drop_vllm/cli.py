@@ -41,6 +41,10 @@ EVALUATE_EXAMPLES = """examples:
   lora-drop evaluate ./model --adapter ./adapter --tasks piqa,winogrande --data ./tasks --limit 500
   lora-drop evaluate ./model --adapter ./adapter --tasks ./mine.jsonl --json report.json
 """
+COST_EXAMPLES = """examples:
+  lora-drop cost meta-llama/Llama-3.1-8B --rho 0.25,0.5 --k 1,3,5
+  lora-drop cost ./model --prompt 512 --tokens 4096 --json cost.json --plot cost.png
+"""
 CHECK_EXAMPLES = """examples:
   lora-drop check meta-llama/Llama-3.1-8B --adapter ./adapter
   lora-drop check ./model --adapter ./adapter --json
@@ -75,14 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--port", type=int, help="of the server (default: a free one)")
     demo.set_defaults(run=_demo)
 
-    check = _command(
-        commands, "check", "say whether a model and an adapter fit, offline", CHECK_EXAMPLES
-    )
-    check.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
-    check.add_argument("--adapter", required=True, type=Path, help="adapter folder")
-    check.add_argument("--json", action="store_true", help="print one JSON object instead")
-    check.set_defaults(run=_check)
-
+    _looking_ahead(commands)
     _making(commands)
 
     evaluate = _command(
@@ -97,6 +94,33 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=Path, metavar="OUT", help="write the report there too")
     evaluate.set_defaults(run=_evaluate)
     return parser
+
+
+def _looking_ahead(commands: Any) -> None:
+    """The commands that read a model's config only."""
+    check = _command(
+        commands, "check", "say whether a model and an adapter fit, offline", CHECK_EXAMPLES
+    )
+    check.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
+    check.add_argument("--adapter", required=True, type=Path, help="adapter folder")
+    check.add_argument("--json", action="store_true", help="print one JSON object instead")
+    check.set_defaults(run=_check)
+
+    cost = _command(commands, "cost", "KV and ideal speed over rho and k, offline", COST_EXAMPLES)
+    cost.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
+    cost.add_argument("--rho", type=shares, default=(0.25, 0.5, 0.75), help="such as 0.25,0.5")
+    cost.add_argument("--k", type=numbers, default=(1, 2, 3, 5), help="such as 1,3")
+    cost.add_argument("--prompt", type=int, default=0, help="its length (default: 0)")
+    cost.add_argument("--tokens", type=positive, default=32768, help="generated (default: 32768)")
+    cost.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the KV cache",
+    )
+    cost.add_argument("--json", type=Path, metavar="OUT", help="write the table there too")
+    cost.add_argument("--plot", type=Path, metavar="PNG", help="draw it (matplotlib)")
+    cost.set_defaults(run=_cost)
 
 
 def _making(commands: Any) -> None:
@@ -211,6 +235,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         limit=arguments.limit,
         out=arguments.json,
+    )
+    print(report)
+    return 0
+
+
+def _cost(arguments: argparse.Namespace) -> int:
+    from lora_drop_vllm.offline.cost import cost
+
+    report = cost(
+        arguments.model,
+        arguments.rho,
+        arguments.k,
+        prompt=arguments.prompt,
+        tokens=arguments.tokens,
+        dtype=arguments.dtype,
+        out=arguments.json,
+        plot=arguments.plot,
     )
     print(report)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_check_refuses_a_pair_that_does_not_fit(
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "check", "profile", "fit", "train", "evaluate"):
+    for command in ("demo", "check", "cost", "profile", "fit", "train", "evaluate"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "examples:" in capsys.readouterr().out
@@ -76,3 +77,47 @@ def test_the_bundled_adapter_follows_the_base_model_more_closely(real_model: Pat
         return total
 
     assert divergence(tensors) < 0.7 * divergence(zero)
+
+
+def test_cost_counts_what_the_drop_layers_write(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tiny Llama: 8 layers, 4 eligible; heads are read from its config."""
+    flags = ["--rho", "0,0.5", "--k", "1,3", "--prompt", "8", "--tokens", "100"]
+    assert main(["cost", str(models["llama"]), *flags, "--json", str(tmp_path / "c.json")]) == 0
+    table = json.loads((tmp_path / "c.json").read_text())["rows"]
+    rows = {(row["rho"], row["k"]): row for row in table}
+    assert rows[0.5, 3]["kv_saved"] == pytest.approx(2 * 75 / (8 * 108))
+    assert rows[0.5, 3]["ideal_speed"] == pytest.approx(4 * 8 / (3 * 6 + 8))
+    assert rows[0, 3]["kv_saved"] == 0
+    config = tiny.load_model(models["llama"]).config
+    per_slot = 2 * config.num_key_value_heads * config.head_dim * 2
+    assert rows[0, 1]["kv_mb_stock"] == pytest.approx(8 * 108 * per_slot / 1e6)
+    assert "saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nowhere"], "nowhere: no such model folder, nor one in the local cache"),
+        (["--rho", "1.5"], "--rho 1.5: expected 0 to 1"),
+        (["--plot", "c.png"], "--plot: matplotlib is not installed; pip install"),
+    ],
+    ids=["model", "rho", "plot"],
+)
+def test_what_cannot_be_costed_is_refused(
+    models: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    message: str,
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "matplotlib" else real(name, *a),
+    )
+    model = [] if flags == ["nowhere"] else [str(models["llama"])]
+    assert main(["cost", *model, *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -26,6 +26,11 @@ def kv_saving(num_layers: int, num_drop: int, k: int) -> float:
     return num_drop / num_layers * k / (k + 1)
 
 
+def kv_slots(prompt: int, decoded: int, k: int) -> int:
+    """Slots of a drop layer under `kv: skip`, for a lone request: its prompt and its refreshes."""
+    return prompt + decoded // (k + 1)
+
+
 def packed_block_sizes(num_always_on: int, num_drop: int, unit: int) -> tuple[int, int]:
     """Tokens per KV block of the always-on and of the drop layers, so that blocks weigh the same.
 

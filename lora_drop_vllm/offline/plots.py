@@ -10,12 +10,12 @@ from typing import Any
 from lora_drop_vllm.offline.profiler import HORIZON, Profile
 
 
-def require_matplotlib() -> None:
-    """Raise ValueError where figures cannot be drawn."""
+def require_matplotlib(flag: str = "--plots") -> None:
+    """Raise ValueError where figures, which `flag` asks for, cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
-            "--plots: matplotlib is not installed; pip install 'lora_drop_vllm[train]', or leave "
-            "--plots out"
+            f"{flag}: matplotlib is not installed; pip install 'lora_drop_vllm[train]', or leave "
+            f"{flag} out"
         )
 
 
@@ -47,6 +47,29 @@ def plot_training(log: Sequence[Mapping[str, float]], path: Path) -> None:
     left.legend()
     right.plot(steps, [entry["lr"] for entry in log])
     right.set(xlabel="step", ylabel="learning rate")
+    _save(figure, path)
+
+
+def plot_saving(
+    curves: Mapping[int, Sequence[tuple[float, float]]],
+    measured: Sequence[tuple[int, float, float]],
+    path: Path,
+) -> None:
+    """KV saved against rho, a curve for every k (Fig. 3).
+
+    Args:
+        curves: k to (rho, share saved) by Eq. 15
+        measured: (k, rho, share saved) at the block pool
+    """
+    figure, (axes,) = _figure(1, (6, 4))
+    for number, (k, points) in enumerate(sorted(curves.items())):
+        rhos, shares = zip(*sorted(points))
+        axes.plot(rhos, [100 * s for s in shares], color=f"C{number}", label=f"k = {k}, Eq. 15")
+        held = [(rho, 100 * share) for of, rho, share in measured if of == k]
+        if held:
+            axes.plot(*zip(*held), "x", color=f"C{number}", label=f"k = {k}, counted at the pool")
+    axes.set(xlabel="rho, share of the eligible layers that drop", ylabel="KV saved, %")
+    axes.legend()
     _save(figure, path)
 
 
