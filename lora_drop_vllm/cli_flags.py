@@ -38,6 +38,11 @@ def layer_flags(parser: argparse.ArgumentParser) -> None:
         help="contiguous (default), uniform, similarity, kl, or such as 10-16 or 3,5,9",
     )
     parser.add_argument("--profile", type=Path, help="profile.json that scores the layers")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="of the adapter's file: float32 (default), bfloat16, float16",
+    )
 
 
 def training_flags(parser: argparse.ArgumentParser) -> None:

@@ -130,12 +130,13 @@ def test_the_command_writes_an_adapter_that_loads(
     command = ["fit", str(smooth_model), "--corpus", corpus(tmp_path), "--length", "64"]
     assert main([*command, "--rho", "0.5", "--rank", "4", "--out", str(tmp_path / "a")]) == 0
     assert "drop layers [4, 5], rank 4, from" in capsys.readouterr().out
-    assert main([*command, "--layers", "3,6", "--injection", "attn_mlp", "--kv", "write",
-                 "--tokens", "1024", "--out", str(tmp_path / "b")]) == 0  # fmt: skip
+    other = ["--layers", "3,6", "--injection", "attn_mlp", "--kv", "write", "--tokens", "1024"]
+    assert main([*command, *other, "--dtype", "bfloat16", "--out", str(tmp_path / "b")]) == 0
     base = BaseModel("llama", 8, 128)
     assert resolve({"adapter": str(tmp_path / "a")}, base).drop_layers == (4, 5)
     assert resolve({"adapter": str(tmp_path / "b")}, base).drop_layers == (3, 6)
     config = read_config(tmp_path / "b")
+    assert {t.dtype for t in load_tensors(tmp_path / "b", config).values()} == {torch.bfloat16}
     assert (config.base_model_name_or_path, config.injection, config.kv) == (
         "model",
         "attn_mlp",
@@ -151,6 +152,7 @@ def test_the_command_writes_an_adapter_that_loads(
     [
         (["--reuse", "best"], "--reuse best: expected one of previous"),
         (["--k", "0"], "--k 0: expected 1 or more"),
+        (["--dtype", "int8"], "--dtype int8: expected one of float32, bfloat16, float16"),
         (["--rank", "129"], "--rank 129: expected 1 to 128, the model's width"),
         (["--rank", "128", "--tokens", "128"], "--rank 128: expected two rows of --length 64"),
         (["--rho", "1.5"], "--rho 1.5: expected 0 to 1"),

@@ -89,13 +89,19 @@ def tensor_prefix(layer: int, site: str) -> str:
     return f"layers.{layer}.{site}" if site else f"layers.{layer}"
 
 
-def save_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
-    """Write an adapter folder that `read_config` and `load_tensors` accept."""
+def save_adapter(
+    folder: Path,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write an adapter folder that `read_config` and `load_tensors` accept, in `dtype` if given."""
+    tensors = {name: t.detach().cpu().to(dtype or t.dtype) for name, t in tensors.items()}
     check_tensors(folder, config, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n")
     scratch = folder / f"{TENSOR_FILE}.new"  # a folder in use never holds half a file
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, scratch)
     os.replace(scratch, folder / TENSOR_FILE)
 
 

@@ -14,7 +14,7 @@ from lora_drop_vllm.offline.parallel import base_model
 from lora_drop_vllm.offline.pretrained import model_name, open_model
 from lora_drop_vllm.offline.profiler import measure, read_profile
 from lora_drop_vllm.offline.samples import Sample, sample
-from lora_drop_vllm.offline.settings import CRITERIA, Settings
+from lora_drop_vllm.offline.settings import CRITERIA, DTYPES, Settings
 
 
 def fit(
@@ -33,7 +33,7 @@ def fit(
     settings.check(base_model(base))
     samples = sample(base, tokenizer, texts, settings)
     config = new_config(model, base, settings, samples, profile)
-    save_adapter(out, config, fit_tensors(base, samples, config))
+    save_adapter(out, config, fit_tensors(base, samples, config), DTYPES[settings.dtype])
     used = sum(s.count for s in samples)
     return f"{out}: drop layers {config.drop_layers}, rank {config.r}, from {used} tokens" + (
         f"; {texts.skipped} lines of the corpus could not be used" if texts.skipped else ""

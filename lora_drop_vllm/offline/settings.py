@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
 from lora_drop_vllm.method.layers import (
     CHOICES,
@@ -15,6 +17,7 @@ from lora_drop_vllm.method.layers import (
 )
 from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CRITERIA = ("similarity", "kl")  # named choices that need scores of the layers
 
 
@@ -27,6 +30,7 @@ class Settings:
         layers: a named choice, or the drop layers themselves
         length: tokens of a row
         tokens: of the corpus, at most
+        dtype: of the adapter's file
     """
 
     rho: float | None = None
@@ -39,6 +43,7 @@ class Settings:
     length: int = 256
     tokens: int = 32768
     seed: int = 0
+    dtype: str = "float32"
 
     def check(self, base: BaseModel) -> None:
         """Raise ValueError for what cannot be made for a model, naming the flag."""
@@ -70,6 +75,7 @@ class Settings:
                 "always run",
             )
         require(self.k >= 1, "k", self.k, "1 or more: without LoRA steps nothing is dropped")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         d = base.hidden_size
         require(1 <= self.rank <= d, "rank", self.rank, f"1 to {d}, the model's width")
         require(self.reuse in REUSE, "reuse", self.reuse, f"one of {', '.join(REUSE)}")

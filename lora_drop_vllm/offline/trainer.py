@@ -33,7 +33,7 @@ from lora_drop_vllm.offline.parallel import base_model
 from lora_drop_vllm.offline.plots import plot_training, require_matplotlib
 from lora_drop_vllm.offline.pretrained import model_name, open_model
 from lora_drop_vllm.offline.samples import sample
-from lora_drop_vllm.offline.settings import Settings
+from lora_drop_vllm.offline.settings import DTYPES, Settings
 
 
 def train(
@@ -73,7 +73,7 @@ def train(
         checkpoint = Checkpoint(config, run, 0, Position(), tensors)
     rows = Rows(texts, tokenizer, settings.length, settings.seed, checkpoint.position)
     trainer = Trainer(base, rows, plan, settings.seed, checkpoint, devices)
-    log = run_to_the_end(trainer, out)
+    log = run_to_the_end(trainer, out, DTYPES[settings.dtype])
     if plots and not devices.number:
         plot_training(log, out / "training.png")
     losses = [entry["loss"] for entry in log]
@@ -82,7 +82,7 @@ def train(
     )
 
 
-def run_to_the_end(trainer: Trainer, out: Path) -> list[dict[str, float]]:
+def run_to_the_end(trainer: Trainer, out: Path, dtype: torch.dtype) -> list[dict[str, float]]:
     """Take the steps that are left, with a log and checkpoints in `out`; returns the log."""
     plan, writes = trainer.plan, trainer.devices.number == 0
     out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def run_to_the_end(trainer: Trainer, out: Path) -> list[dict[str, float]]:
             if writes:
                 append_log(out, entry)
                 if trainer.step % plan.save_every == 0 or trainer.step == plan.steps:
-                    save_adapter(out, trainer.adapter.config, trainer.adapter.tensors())
+                    save_adapter(out, trainer.adapter.config, trainer.adapter.tensors(), dtype)
                     trainer.checkpoint().save(out)  # last: what it vouches for is written
     return log
 
