@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from lora_drop_vllm.server_process import Server
 
 PROMPT = "Explain what a computer program is."
 ROUNDS = 3
-BUNDLED_ADAPTER = Path(__file__).with_name("adapters") / "smollm2-135m-instruct"
+BUNDLED_ADAPTER = (
+    Path(str(files("lora_drop_vllm.adapters"))) / "smollm2-135m-instruct" / "rho25-skip"
+)
 CPU_BLOCK_UNIT = 32  # vLLM's CPU attention takes KV blocks of multiples of 32 tokens
 
 

@@ -223,7 +223,6 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
         (["--lr", "-1"], "--lr -1.0: expected more than 0"),
         (["--ce", "0", "--kl", "0"], "--ce, --kl, --hidden: all 0"),
         (["--from", "nowhere"], "there is no adapter_config.json in it"),
-        (["--from", "fit", "--reuse", "previous"], "there is no closed form"),
         (["--rank", "0"], "--rank 0: expected 1 to 128"),
         (["--attention", "magic"], "attention='magic'"),
         (["--plots"], "--plots: matplotlib is not installed"),
