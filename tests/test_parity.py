@@ -12,7 +12,11 @@ from oracle import Oracle
 from serving import Serve, settings_of
 from tiny import FAMILIES, load_model, make_adapter
 
-from lora_drop_vllm.method.adapter import save_adapter
+from lora_drop_vllm.demo import BUNDLED_ADAPTER
+from lora_drop_vllm.method.adapter import load_tensors, read_config, save_adapter
+from lora_drop_vllm.offline.parallel import ParallelDecoder
+from lora_drop_vllm.offline.positions import Schedule, rows
+from lora_drop_vllm.offline.trainable import Adapter
 
 pytestmark = pytest.mark.engine
 
@@ -119,6 +123,35 @@ def test_bf16_stays_close_until_a_tie(serve: Serve, real_model: Path, tmp_path: 
     # stock vLLM and Hugging Face differ by up to 0.17 in bf16 on this model and these prompts
     assert sum(differences) / len(differences) < 0.1
     assert max(differences) < 0.3
+
+
+@pytest.mark.model
+def test_a_trained_adapter_has_the_trainers_logits_when_served(
+    serve: Serve, real_model: Path
+) -> None:
+    """The bundled adapter in bf16: what the engine says, teacher-forced through the trainer."""
+    config = read_config(BUNDLED_ADAPTER)
+    engine = serve(
+        real_model,
+        {"adapter": str(BUNDLED_ADAPTER)},
+        dtype="bfloat16",
+        kv_cache_memory_bytes=1 << 28,
+    )
+    adapter = Adapter(config, load_tensors(BUNDLED_ADAPTER, config))
+    decoder = ParallelDecoder(load_model(real_model, torch.bfloat16), adapter)
+    differences = []
+    for prompt in TEXT:
+        (got,) = engine.generate([prompt], 24)
+        tokens = torch.tensor([prompt + got.tokens])
+        schedule = Schedule.of(rows([tokens.numel()]), len(prompt), config.k)
+        with torch.no_grad():
+            logits = decoder.logits(decoder.hidden(tokens, schedule))[0, len(prompt) - 1 : -1]
+        log_p = logits.float().log_softmax(-1).gather(1, torch.tensor(got.tokens)[:, None])[:, 0]
+        differences += (log_p - torch.tensor(got.logprobs)).abs().tolist()
+    assert engine.counts() == {"full": 3 * 6, "lora": 3 * 18}
+    # bounds as in bf16 above: rounding alone
+    assert sum(differences) / len(differences) < 0.1
+    assert max(differences) < 0.4
 
 
 def test_untrained_layers_pass_their_input_through(
