@@ -59,7 +59,7 @@ def evaluate(
     decoder = ParallelDecoder(base, Adapter(config, tensors).to(base.device))
     report: dict[str, Any] = {"model": model, "adapter": asdict(config)}
     if words is not None:
-        windows = _windows(tokenizer, words, limit).to(base.device)
+        windows = text_windows(tokenizer, words, limit).to(base.device)
         found = perplexity(decoder, windows, PROMPT, config.k)
         report["text"] = {
             "file": str(text),
@@ -72,7 +72,8 @@ def evaluate(
     return _render(report)
 
 
-def _windows(tokenizer: Any, text: str, limit: int | None) -> Tensor:
+def text_windows(tokenizer: Any, text: str, limit: int | None) -> Tensor:
+    """The first `limit` windows of a text, [N, WINDOW]."""
     ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[0]
     count = len(ids) // WINDOW
     if not count:

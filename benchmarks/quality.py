@@ -1,0 +1,117 @@
+r"""Quality of adapters made alike, over rho, k, rank, text and whatever else is listed.
+
+Every combination of the lists is fitted in closed form and measured under the served schedule
+beside the base model; each gives one record. `--adapter` measures finished ones instead.
+
+    python benchmarks/quality.py MODEL --corpus web.jsonl.gz --text test.txt --limit 16
+    python benchmarks/quality.py MODEL --corpus web.jsonl.gz --text test.txt --rho 0.5 --k 2 \
+        --injection block attn_mlp
+    python benchmarks/quality.py MODEL --text test.txt --adapter adapters/*/* --tasks piqa.jsonl
+    python benchmarks/quality_tables.py      renders the newest records
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import record
+from tqdm import tqdm
+
+from lora_drop_vllm.cli_flags import layer_numbers
+from lora_drop_vllm.method.adapter import AdapterConfig, load_tensors, read_config
+from lora_drop_vllm.offline.closeness import perplexity
+from lora_drop_vllm.offline.corpus import read_corpus
+from lora_drop_vllm.offline.evaluate import PROMPT, WINDOW, text_windows
+from lora_drop_vllm.offline.fit import new_config
+from lora_drop_vllm.offline.layerwise import fit_tensors
+from lora_drop_vllm.offline.parallel import ParallelDecoder
+from lora_drop_vllm.offline.pretrained import model_name, open_model
+from lora_drop_vllm.offline.samples import sample
+from lora_drop_vllm.offline.scoring import run_task
+from lora_drop_vllm.offline.settings import Settings
+from lora_drop_vllm.offline.tasks import read_task, read_text
+from lora_drop_vllm.offline.trainable import Adapter
+
+LISTS = ("layers", "rho", "k", "rank", "reuse", "kv", "injection", "tokens", "seed")
+
+
+def main() -> None:
+    """Fit or load, measure, record, print."""
+    given = _arguments()
+    model, tokenizer = open_model(given.model)
+    windows = text_windows(tokenizer, read_text(given.text), given.limit).to(model.device)
+    tasks = [read_task(path, given.limit_tasks) for path in given.tasks]
+    for settings, config, tensors in _adapters(given, model, tokenizer):
+        decoder = ParallelDecoder(model, Adapter(config, tensors).to(model.device))
+        steps = perplexity(decoder, windows, PROMPT, config.k)
+        metrics: dict[str, Any] = {kind: asdict(found) for kind, found in steps.items()}
+        metrics |= {"drop_layers": config.drop_layers}
+        metrics |= {"tasks": [asdict(run_task(decoder, tokenizer, task)) for task in tasks]}
+        about = {"text": given.text.name, "windows": len(windows), "window": WINDOW}
+        about |= {"model": model_name(given.model), "prompt": PROMPT, "limit": given.limit_tasks}
+        record.write("quality", settings | about, metrics)
+        shown = {name: settings[name] for name in settings if name in LISTS or name == "adapter"}
+        print(
+            " ".join(f"{name}={value}" for name, value in shown.items()),
+            *(f"{kind} {found.perplexity:.2f}" for kind, found in steps.items()),
+            f"(base {steps['all'].base_perplexity:.2f}) KL {steps['all'].kl:.3f}",
+            f"agreement {steps['all'].agreement:.3f}",
+            flush=True,
+        )
+
+
+def _adapters(
+    given: argparse.Namespace, model: Any, tokenizer: Any
+) -> Iterator[tuple[dict[str, Any], AdapterConfig, dict[str, Any]]]:
+    """What is measured: settings for the record, and the adapter."""
+    for folder in given.adapter:
+        config = read_config(folder)
+        yield (
+            {"adapter": f"{folder.parent.name}/{folder.name}"},
+            config,
+            load_tensors(folder, config),
+        )
+    if not given.corpus:
+        return
+    texts = read_corpus(given.corpus)
+    cells = list(itertools.product(*(getattr(given, name) for name in LISTS)))
+    for cell in tqdm(cells, desc="Adapters", unit="adapter"):
+        settings = Settings(**dict(zip(LISTS, cell)))
+        if not isinstance(settings.layers, str):
+            settings = replace(settings, rho=None)
+        samples = sample(model, tokenizer, texts, settings)
+        config = new_config(given.model, model, settings, samples, given.profile)
+        kept = asdict(settings) | {"corpus": [path.name for path in given.corpus]}
+        yield kept, config, fit_tensors(model, samples, config)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
+    parser.add_argument("--corpus", nargs="*", type=Path, default=[], help="to fit on")
+    parser.add_argument("--adapter", nargs="*", type=Path, default=[], help="folders to measure")
+    parser.add_argument("--text", required=True, type=Path, help="plain text to measure on")
+    parser.add_argument("--limit", type=int, default=16, help="windows of it (default: 16)")
+    parser.add_argument("--tasks", nargs="*", type=Path, default=[], help="JSONL files")
+    parser.add_argument("--limit-tasks", type=int, help="questions of each (default: all)")
+    parser.add_argument("--profile", type=Path, help="profile.json that scores the layers")
+    parser.add_argument("--layers", nargs="+", type=layer_numbers, default=["contiguous"])
+    parser.add_argument("--rho", nargs="+", type=float, default=[0.25, 0.5, 0.75])
+    parser.add_argument("--k", nargs="+", type=int, default=[1, 2, 3, 5])
+    for name, default in (("rank", 16), ("tokens", 16384), ("seed", 0)):
+        parser.add_argument(f"--{name}", nargs="+", type=int, default=[default])
+    parser.add_argument("--reuse", nargs="+", default=["update"])
+    parser.add_argument("--kv", nargs="+", default=["skip"])
+    parser.add_argument("--injection", nargs="+", default=["block"])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Render the newest quality records into docs/quality.md, as tables and figures.
+
+python benchmarks/quality_tables.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import record
+
+from lora_drop_vllm.method.cost import kv_saving
+
+PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
+BEGIN, END = "<!-- rendered by benchmarks/quality_tables.py -->", "<!-- end -->"
+NUM_LAYERS = 30  # of the 135M model
+PLAIN = {"layers": "contiguous", "rank": 16, "reuse": "update", "kv": "skip"}
+PLAIN |= {"injection": "block", "tokens": 16384}
+
+Record = dict[str, Any]
+Column = tuple[str, Callable[[Record], str]]
+
+QUALITY: list[Column] = [
+    ("perplexity", lambda r: f"{r['metrics']['all']['perplexity']:.1f}"),
+    ("at full steps", lambda r: f"{r['metrics']['full']['perplexity']:.1f}"),
+    ("at LoRA steps", lambda r: f"{r['metrics']['lora']['perplexity']:.1f}"),
+    ("base", lambda r: f"{r['metrics']['all']['base_perplexity']:.1f}"),
+    ("KL to base", lambda r: f"{r['metrics']['all']['kl']:.3f}"),
+    ("same best token", lambda r: f"{r['metrics']['all']['agreement']:.1%}"),
+]
+
+
+def setting(name: str, heading: str | None = None) -> Column:
+    """A column of one of the settings."""
+    return heading or name, lambda r: str(r["settings"][name])
+
+
+def fitted(**wanted: Any) -> list[Record]:
+    """Records of fitted adapters with these settings, and the plain ones of all others.
+
+    A setting wanted as None may have any value.
+    """
+    conditions = {name: value for name, value in (PLAIN | wanted).items() if value is not None}
+    return [
+        r
+        for r in record.newest("quality")
+        if "adapter" not in r["settings"]
+        and all(r["settings"][name] == value for name, value in conditions.items())
+    ]
+
+
+def table(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
+    """Markdown."""
+    heads, values = zip(*columns)
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    return lines + ["| " + " | ".join(value(r) for value in values) + " |" for r in records]
+
+
+def _drop_layers(r: Record) -> str:
+    layers = r["metrics"]["drop_layers"]
+    if layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}–{layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def _speed(r: Record) -> str:
+    found = [
+        s["metrics"]
+        for s in record.newest("decode_latency")
+        if (s["settings"]["model"], s["settings"]["batch"]) == ("135m", 1)
+        and all(s["settings"][name] == r["settings"][name] for name in ("rho", "k"))
+    ]
+    return f"{found[-1]['speed_up']:.2f}x of {found[-1]['ideal_speed_up']:.2f}x" if found else "–"
+
+
+def _saved(r: Record) -> str:
+    return f"{kv_saving(NUM_LAYERS, len(r['metrics']['drop_layers']), r['settings']['k']):.1%}"
+
+
+def _accuracy(r: Record) -> str:
+    marks = [task["accuracy"] for task in r["metrics"]["tasks"]]
+    if not marks:
+        return "–"
+    shares = [sum(m[name] for m in marks) / len(marks) for name in ("share", "base")]
+    return f"{shares[0]:.1%} (base {shares[1]:.1%})"
+
+
+def by(*names: str) -> Callable[[Record], list[Any]]:
+    """Sorting key of these settings."""
+    return lambda r: [r["settings"][name] for name in names]
+
+
+def sections() -> list[str]:
+    """All tables, with their headings."""
+    shipped = [r for r in record.newest("quality") if "adapter" in r["settings"]]
+    grid = sorted(fitted(), key=by("rho", "k"))
+    rank = sorted(fitted(rho=0.25, k=3, rank=None, tokens=None), key=by("tokens", "rank"))
+    choice = fitted(rho=0.25, k=3, layers=None)
+    injection = fitted(rho=0.5, k=2, injection=None)
+    drop = ("drop layers", _drop_layers)
+    lines = ["### Adapters that come with the package", ""]
+    lines += table(
+        sorted(shipped, key=by("adapter")),
+        [setting("adapter"), drop, *QUALITY, ("mean accuracy of the tasks", _accuracy)],
+    )
+    lines += ["", "### ρ and k (the paper's Table III)", ""]
+    speed = ("speed-up, of ideal", _speed)
+    lines += table(
+        grid,
+        [setting("rho", "ρ"), setting("k"), drop, *QUALITY, ("KV saved, Eq. 15", _saved), speed],
+    )
+    lines += ["", "![perplexity over ρ](quality_rho.png)"]
+    lines += ["", "### Where the adapter sits (Table V): ρ = 0.5, k = 2", ""]
+    lines += table(injection, [setting("injection"), *QUALITY])
+    lines += ["", "### Text and rank: ρ = 0.25, k = 3", ""]
+    lines += table(rank, [setting("tokens"), setting("rank"), *QUALITY])
+    lines += ["", "![perplexity over text and rank](quality_rank.png)"]
+    lines += ["", "### Choice of layers: ρ = 0.25, k = 3", ""]
+    lines += table(choice, [setting("layers", "chosen by"), drop, *QUALITY])
+    draw(grid, "rho", "k", "quality_rho.png")
+    draw(rank, "tokens", "rank", "quality_rank.png")
+    return lines
+
+
+def draw(records: Sequence[Record], across: str, curve: str, name: str) -> None:
+    """Perplexity over one setting, a curve for every value of another."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for value in sorted({r["settings"][curve] for r in records}):
+        own = [r for r in records if r["settings"][curve] == value]
+        axes.plot(
+            [r["settings"][across] for r in own],
+            [r["metrics"]["all"]["perplexity"] for r in own],
+            marker="o",
+            label=f"{curve} = {value}",
+        )
+    for base in {r["metrics"]["all"]["base_perplexity"] for r in records}:
+        axes.axhline(base, linestyle=":", color="grey", label="base model")
+    axes.set(xlabel=across, ylabel="perplexity")
+    axes.legend()
+    figure.savefig(PAGE.parent / name, dpi=110)
+
+
+if __name__ == "__main__":
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text("\n".join([before + BEGIN, *sections(), END + rest.split(END)[1]]))
