@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -44,6 +45,18 @@ EVALUATE_EXAMPLES = """examples:
 COST_EXAMPLES = """examples:
   lora-drop cost meta-llama/Llama-3.1-8B --rho 0.25,0.5 --k 1,3,5
   lora-drop cost ./model --prompt 512 --tokens 4096 --json cost.json --plot cost.png
+"""
+LM_EVAL_EXAMPLES = """lm-eval's own command, which then knows the model lora_drop
+
+its flags: lora-drop lm-eval run --help
+--model_args: pretrained=MODEL, adapter=DIR, k=N (default: the adapter's; 0 is the base model), and
+those of lm-eval's model hf, such as dtype=float32
+
+examples:
+  lora-drop lm-eval --model lora_drop --model_args pretrained=./model,adapter=./adapter \\
+      --tasks hellaswag,piqa --limit 500 --output_path report.json
+  lora-drop lm-eval --model lora_drop --model_args pretrained=./model,adapter=./adapter,k=7 \\
+      --tasks wikitext --batch_size 8
 """
 CHECK_EXAMPLES = """examples:
   lora-drop check meta-llama/Llama-3.1-8B --adapter ./adapter
@@ -93,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=positive, help="windows, and questions a task, at most")
     evaluate.add_argument("--json", type=Path, metavar="OUT", help="write the report there too")
     evaluate.set_defaults(run=_evaluate)
+
+    # without prefix characters nothing looks like a flag of ours
+    lm_eval = commands.add_parser(
+        "lm-eval", help="run lm-eval with the model lora_drop", prefix_chars="\0", add_help=False
+    )
+    lm_eval.add_argument("arguments", nargs="*")
+    lm_eval.set_defaults(run=_lm_eval)
     return parser
 
 
@@ -254,6 +274,18 @@ def _cost(arguments: argparse.Namespace) -> int:
         plot=arguments.plot,
     )
     print(report)
+    return 0
+
+
+def _lm_eval(arguments: argparse.Namespace) -> int:
+    if arguments.arguments in ([], ["-h"], ["--help"]):
+        print(LM_EVAL_EXAMPLES, end="")
+        return 0
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm-eval: not installed; pip install 'lora_drop_vllm[eval]'")
+    from lora_drop_vllm.offline.lm_eval_model import run
+
+    run(arguments.arguments)
     return 0
 
 

@@ -85,16 +85,23 @@ def encode(tokenizer: Any, context: str, continuation: str) -> Candidate:
 
 
 @torch.no_grad()
-def score(decoder: ParallelDecoder, candidates: Sequence[Candidate], k: int, name: str) -> Tensor:
-    """Scores [C, 6] of C candidates, in their order.
+def score(
+    decoder: ParallelDecoder,
+    candidates: Sequence[Candidate],
+    k: int,
+    name: str,
+    *,
+    base: bool = True,
+) -> Tensor:
+    """Scores [C, 6] of C candidates, in their order; without `base` [C, 4].
 
     Columns: log-probability of the continuation under LoRA-Drop and under the base model; whether
     each would say it greedily; its tokens that LoRA steps predict; its tokens.
     """
-    scores = torch.zeros(len(candidates), 6, dtype=torch.float64)
+    scores = torch.zeros(len(candidates), 6 if base else 4, dtype=torch.float64)
     with tqdm(total=len(candidates), desc=name) as progress:
         for chosen in _batches(candidates):
-            scores[chosen] = _score_batch(decoder, [candidates[n] for n in chosen], k)
+            scores[chosen] = _score_batch(decoder, [candidates[n] for n in chosen], k, base)
             progress.update(len(chosen))
     return scores
 
@@ -108,7 +115,7 @@ def _batches(candidates: Sequence[Candidate]) -> Iterator[list[int]]:
         order = order[count:]
 
 
-def _score_batch(decoder: ParallelDecoder, batch: list[Candidate], k: int) -> Tensor:
+def _score_batch(decoder: ParallelDecoder, batch: list[Candidate], k: int, base: bool) -> Tensor:
     device = decoder.model.device
     sequence = rows([len(c.tokens) for c in batch])
     tokens = torch.zeros_like(sequence)
@@ -122,15 +129,20 @@ def _score_batch(decoder: ParallelDecoder, batch: list[Candidate], k: int) -> Te
     predicts[:, -1] = False
     at = predicts.flatten().nonzero().squeeze(1)
     targets, owner = tokens.flatten()[at + 1], sequence.flatten()[at]
+    if base:
+        streams = decoder.hidden_and_base(tokens, schedule)
+    else:
+        streams = (decoder.hidden(tokens, schedule),)
     said, missed = [], []
-    for hidden in decoder.hidden_and_base(tokens, schedule):
+    for hidden in streams:
         log_p = decoder.logits(take(hidden, at)).float().log_softmax(-1)
         said.append(log_p.gather(1, targets[:, None])[:, 0])
         missed.append(log_p.argmax(-1) != targets)
     columns = [*said, *missed, schedule.lora.flatten()[at], torch.ones_like(at)]
-    table = torch.stack([column.double() for column in columns], dim=1)  # [R, 6]
-    scores = table.new_zeros(len(batch), 6).index_add(0, owner, table)
-    scores[:, 2:4] = (scores[:, 2:4] == 0).double()
+    table = torch.stack([column.double() for column in columns], dim=1)
+    scores = table.new_zeros(len(batch), table.shape[1]).index_add(0, owner, table)
+    greedy = scores[:, len(said) : 2 * len(said)]
+    greedy.copy_(greedy == 0)
     return scores.cpu()
 
 
