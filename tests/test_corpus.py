@@ -106,13 +106,16 @@ def test_rows_go_on_from_a_position(start: int) -> None:
 def test_a_corpus_shorter_than_a_row_is_refused() -> None:
     with pytest.raises(ValueError, match="--corpus: 20 tokens, and a row takes 32; give more"):
         Rows(Corpus(["a" * 20], 0), make_tokenizer(), 32, 0)
+    with pytest.raises(ValueError, match="--corpus: 0 tokens, and a row takes 32"):
+        Rows(Corpus(["short"] * 20, 0), make_tokenizer(), 32, 0)
     with pytest.raises(ValueError, match="--length 4: expected 8 tokens or more"):
         Rows(Corpus(DOCUMENTS, 0), make_tokenizer(), 4, 0)
 
 
 def test_prompts_and_phases_are_drawn_anew_and_alike() -> None:
-    _, sequence = stack(list(islice(Rows(Corpus(DOCUMENTS, 0), make_tokenizer(), 64, 0), 50)), 64)
-    schedules = [random_schedule(sequence, 3, seed=1, number=n) for n in (0, 0, 1)]
+    rows = list(islice(Rows(Corpus(DOCUMENTS, 0), make_tokenizer(), 64, 0), 50))
+    _, sequence = stack(rows, 64)
+    schedules = [random_schedule(sequence, rows, 3, seed=1, number=n) for n in (0, 0, 1)]
     assert torch.equal(schedules[0].full, schedules[1].full)
     assert not torch.equal(schedules[0].full, schedules[2].full)
     lengths = sequence[sequence >= 0].bincount()

@@ -1,7 +1,8 @@
 """Text to fit and train on: files of documents, cut into packed rows of tokens.
 
-A plain text file is one document; of a `.jsonl` file every line is one, in its field `text`. Both
-may be gzipped (`.gz`). Lines that cannot be used are skipped and counted.
+A plain text file is one document; of a `.jsonl` file every line is one, in its field `text`, or a
+conversation in its field `messages`. Both may be gzipped (`.gz`). Lines that cannot be used are
+skipped and counted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_drop_vllm.offline.chat import Conversation, Reply, render
 from lora_drop_vllm.offline.positions import Schedule
 
 SHORTEST = 8  # tokens of a sequence
@@ -25,10 +27,29 @@ CHARACTERS = 16  # of a passage, per token of a row: a few rows' worth of text
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of some files; `skipped` lines could not be used."""
+    """The documents of some files; `skipped` lines, or replies, could not be used."""
 
-    documents: list[str]
+    documents: Sequence[str | Conversation | Reply]
     skipped: int
+
+    def rendered(self, tokenizer: Any, length: int) -> Corpus:
+        """With replies of up to `length` tokens in the place of conversations.
+
+        Raises:
+            ValueError: none of them can be used, or there is no chat template.
+        """
+        documents, reasons = render(self.documents, tokenizer, length)
+        if not documents:
+            raise ValueError(
+                f"--corpus: no reply can be used; {reasons[0]} ({len(reasons)} such replies)"
+            )
+        return Corpus(documents, self.skipped + len(reasons))
+
+    def remark(self) -> str:
+        """On what was skipped, if anything; to be put behind a report."""
+        if not self.skipped:
+            return ""
+        return f"; {self.skipped} lines or replies of the corpus could not be used"
 
 
 def read_corpus(files: Sequence[Path]) -> Corpus:
@@ -37,7 +58,7 @@ def read_corpus(files: Sequence[Path]) -> Corpus:
     Raises:
         ValueError: a file cannot be read, is binary, or has nothing in it that can be used.
     """
-    documents: list[str] = []
+    documents: list[str | Conversation] = []
     skipped = 0
     for path in files:
         found, reasons = _read_file(path)
@@ -55,10 +76,10 @@ def read_corpus(files: Sequence[Path]) -> Corpus:
     return Corpus(documents, skipped)
 
 
-def _read_file(path: Path) -> tuple[list[str], list[str]]:
+def _read_file(path: Path) -> tuple[list[str | Conversation], list[str]]:
     """Documents of a file, and why its other lines are none."""
     jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
-    texts: list[str] = []
+    texts: list[Any] = []
     reasons: list[str] = []
     try:
         for number, line in enumerate(_lines(path), start=1):
@@ -70,17 +91,21 @@ def _read_file(path: Path) -> tuple[list[str], list[str]]:
                 texts += [] if jsonl else ["\n"]
                 continue
             try:
-                texts.append(_text(line) if jsonl else line.decode())
+                texts.append(_document(line) if jsonl else line.decode())
             except UnicodeDecodeError:
                 reasons.append(f"line {number} is not UTF-8")
             except (json.JSONDecodeError, KeyError):
-                reasons.append(f"line {number} is no JSON object with a text in its field `text`")
+                reasons.append(
+                    f"line {number} is no JSON object with a text in its field `text`, nor with a "
+                    "list of messages, each a role and a content, and one a reply of the "
+                    "assistant, in `messages`"
+                )
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"--corpus {path}: cannot be read ({reason}); check the file") from error
     if not jsonl:
         texts = ["".join(texts)]
-    return [text for text in texts if text.strip()], reasons
+    return [text for text in texts if not isinstance(text, str) or text.strip()], reasons
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -88,11 +113,13 @@ def _lines(path: Path) -> Iterator[bytes]:
         yield from file
 
 
-def _text(line: bytes) -> str:
+def _document(line: bytes) -> str | Conversation:
     raw = json.loads(line)
-    if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
+    if not isinstance(raw, dict):
         raise KeyError("text")
-    return str(raw["text"])
+    if isinstance(raw.get("text"), str):
+        return str(raw["text"])
+    return Conversation.of(raw.get("messages"))
 
 
 class Position(NamedTuple):
@@ -104,17 +131,27 @@ class Position(NamedTuple):
 
 
 class Row(NamedTuple):
-    """T tokens or fewer, and the lengths of the sequences they are, one behind the other."""
+    """T tokens or fewer, in sequences one behind the other.
+
+    Attributes:
+        lengths: of the sequences
+        prompts: of the sequences, for replies; 0 where any may be drawn
+    """
 
     tokens: list[int]
     lengths: list[int]
+    prompts: list[int]
 
 
 class Rows:
     """Endless packed rows of T tokens; the seed decides the order of the passages.
 
     Long documents are cut into passages, so that one of them does not make up a whole run. What is
-    left of a passage at the end of a row begins the next one as a sequence of its own.
+    left of a passage at the end of a row begins the next one as a sequence of its own. A reply is
+    one passage and stays whole.
+
+    Args:
+        corpus: its conversations rendered
 
     Attributes:
         length: T
@@ -135,17 +172,20 @@ class Rows:
         if length < SHORTEST:
             raise ValueError(f"--length {length}: expected {SHORTEST} tokens or more")
         size = CHARACTERS * length
-        self._passages = [
-            document[start : start + size]
-            for document in corpus.documents
-            for start in range(0, len(document), size)
-        ]
+        self._passages: list[Any] = []
+        for document in corpus.documents:
+            if isinstance(document, str):
+                starts = range(0, len(document), size)
+                self._passages += [document[start : start + size] for start in starts]
+            else:
+                self._passages.append(document)
         self._tokenizer, self.length, self._seed = tokenizer, length, seed
         self._order: tuple[int, list[int]] | None = None
         self._tokens: tuple[int, list[int]] | None = None
         found = 0
         for number in range(len(self._passages)):
-            found += len(self._tokens_of(number))
+            tokens = len(self._tokens_of(number))
+            found += tokens if tokens >= SHORTEST else 0  # what is shorter is left out
             if found >= length:
                 break
         else:
@@ -161,13 +201,18 @@ class Rows:
 
     def __next__(self) -> Row:
         """The next row, from `position`."""
-        row = Row([], [])
+        row = Row([], [], [])
         while (room := self.length - len(row.tokens)) >= SHORTEST:
             epoch, passage, token = self.position
-            piece = self._tokens_of(self._at(epoch, passage))[token : token + room]
+            number = self._at(epoch, passage)
+            tokens, prompt = self._tokens_of(number), self._prompt_of(number)
+            if prompt and not token and len(tokens) > room:
+                break
+            piece = tokens[token : token + room]
             if len(piece) >= SHORTEST:
                 row.tokens.extend(piece)
                 row.lengths.append(len(piece))
+                row.prompts.append(prompt)
                 self.position = Position(epoch, passage, token + len(piece))
             else:
                 last = passage + 1 == len(self._passages)
@@ -182,10 +227,17 @@ class Rows:
             self._order = epoch, order.tolist()
         return self._order[1][passage]
 
-    def _tokens_of(self, number: int) -> list[int]:
+    def _tokens_of(self, number: int) -> Sequence[int]:
+        passage = self._passages[number]
+        if isinstance(passage, Reply):
+            return passage.tokens
         if self._tokens is None or self._tokens[0] != number:
-            self._tokens = number, self._tokenizer(self._passages[number]).input_ids
+            self._tokens = number, self._tokenizer(passage).input_ids
         return self._tokens[1]
+
+    def _prompt_of(self, number: int) -> int:
+        passage = self._passages[number]
+        return passage.prompt if isinstance(passage, Reply) else 0
 
 
 def stack(rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor]:
@@ -201,17 +253,21 @@ def stack(rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor]:
     return tokens, sequence
 
 
-def random_schedule(sequence: Tensor, k: int, seed: int, number: int) -> Schedule:
+def random_schedule(
+    sequence: Tensor, rows: Sequence[Row], k: int, seed: int, number: int
+) -> Schedule:
     """Prompts of 1 token to half of their sequence, and any phase; drawn anew for each batch.
 
     Args:
         sequence: [N, T]  from `stack`
+        rows: that were stacked; the prompts of replies are their own
         number: of the batch
     """
     generator = torch.Generator().manual_seed(_mixed(seed, number))
     lengths = sequence[sequence >= 0].bincount().cpu()
     share = torch.rand(len(lengths), generator=generator)
-    prompt = 1 + (share * (lengths // 2)).long()
+    own = torch.tensor([prompt for row in rows for prompt in row.prompts])
+    prompt = own.where(own > 0, 1 + (share * (lengths // 2)).long())
     phase = torch.randint(0, k + 1, (len(lengths),), generator=generator)
     return Schedule.of(sequence, prompt, k, phase)
 

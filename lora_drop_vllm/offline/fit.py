@@ -31,13 +31,13 @@ def fit(
     texts = read_corpus(corpus)
     base, tokenizer = open_model(model)
     settings.check(base_model(base))
+    texts = texts.rendered(tokenizer, settings.length)
     samples = sample(base, tokenizer, texts, settings)
     config = new_config(model, base, settings, samples, profile)
     save_adapter(out, config, fit_tensors(base, samples, config), DTYPES[settings.dtype])
     used = sum(s.count for s in samples)
-    return f"{out}: drop layers {config.drop_layers}, rank {config.r}, from {used} tokens" + (
-        f"; {texts.skipped} lines of the corpus could not be used" if texts.skipped else ""
-    )
+    made = f"{out}: drop layers {config.drop_layers}, rank {config.r}, from {used} tokens"
+    return made + texts.remark()
 
 
 def new_config(

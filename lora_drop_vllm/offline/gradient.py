@@ -180,7 +180,7 @@ class Trainer:
     def _backward(self, chosen: Sequence[Row], number: int) -> Tensor:
         plan, device = self.plan, self.decoder.model.device
         tokens, sequence = (x.to(device) for x in stack(chosen, self.rows.length))
-        schedule = random_schedule(sequence, self.adapter.config.k, self.seed, number)
+        schedule = random_schedule(sequence, chosen, self.adapter.config.k, self.seed, number)
         weights = Weights(plan.ce, plan.kl, plan.hidden)
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16):
             return backward(self.decoder, tokens, schedule, weights, 1 / plan.accumulate)

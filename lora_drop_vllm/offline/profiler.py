@@ -61,6 +61,7 @@ def profile(
     texts = read_corpus(corpus)
     base, tokenizer = open_model(model)
     settings.check(base_model(base))
+    texts = texts.rendered(tokenizer, settings.length)
     found = measure(
         base,
         sample(base, tokenizer, texts, settings),

@@ -50,8 +50,9 @@ def sample(model: Any, tokenizer: Any, corpus: Corpus, settings: Settings) -> li
     size = max(1, min(TOKENS_AT_ONCE // length, len(chosen) // HELD_OUT))
     samples = []
     for number, start in enumerate(range(0, len(chosen), size)):
-        tokens, sequence = (x.to(model.device) for x in stack(chosen[start:][:size], length))
-        schedule = random_schedule(sequence, settings.k, settings.seed, number)
+        part = chosen[start:][:size]
+        tokens, sequence = (x.to(model.device) for x in stack(part, length))
+        schedule = random_schedule(sequence, part, settings.k, settings.seed, number)
         samples.append(Sample(tokens, schedule, Batch.of(model, schedule, settings.kv)))
     found = sum(len(s.batch.layout.lora_at) for s in samples)
     if len(samples) < 2 or found < settings.rank:

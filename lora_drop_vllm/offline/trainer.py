@@ -68,6 +68,7 @@ def train(
         checkpoint.check_run(run, out)
     devices = Devices()
     base, tokenizer = open_model(model)
+    texts = texts.rendered(tokenizer, settings.length)
     if not checkpoint:
         config, tensors = begin(model, base, tokenizer, texts, settings, start, profile)
         checkpoint = Checkpoint(config, run, 0, Position(), tensors)
@@ -77,9 +78,10 @@ def train(
     if plots and not devices.number:
         plot_training(log, out / "training.png")
     losses = [entry["loss"] for entry in log]
-    return f"{out}: drop layers {trainer.adapter.config.drop_layers}, {trainer.step} steps" + (
-        f", loss {losses[0]:.3f} at the first and {losses[-1]:.3f} at the last" if losses else ""
-    )
+    said = f"{out}: drop layers {trainer.adapter.config.drop_layers}, {trainer.step} steps"
+    if losses:
+        said += f", loss {losses[0]:.3f} at the first and {losses[-1]:.3f} at the last"
+    return said + texts.remark()
 
 
 def run_to_the_end(trainer: Trainer, out: Path, dtype: torch.dtype) -> list[dict[str, float]]:
