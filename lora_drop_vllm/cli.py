@@ -167,7 +167,13 @@ def _making(commands: Any) -> None:
     profile = _command(commands, "profile", "measure which layers may drop", PROFILE_EXAMPLES)
     model_flags(profile)
     profile.add_argument("--out", required=True, type=Path, help="folder to write")
-    profile.add_argument("--criterion", default="similarity", choices=("similarity", "kl"))
+    profile.add_argument(
+        "--criterion",
+        default="similarity",
+        choices=("similarity", "kl"),
+        help="kl: also fit and drop each layer alone, and for each --rho up to 8 runs of |D| "
+        "layers; one such run costs about as much as `fit`",
+    )
     profile.add_argument("--distances", type=numbers, default=(1, 2, 3, 5, 10), help="of tokens")
     profile.add_argument("--rho", type=shares, default=(0.25, 0.5, 0.75), help="such as 0.25,0.5")
     profile.add_argument("--tokens", type=int, default=16384, help="of the corpus (default: 16384)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from lora_drop_vllm.cli import main
 from lora_drop_vllm.method.adapter import BaseModel, read_config
 from lora_drop_vllm.method.layers import rank_layers
 from lora_drop_vllm.offline.corpus import Corpus
-from lora_drop_vllm.offline.parallel import base_model
+from lora_drop_vllm.offline.layerwise import fit_tensors
+from lora_drop_vllm.offline.parallel import ParallelDecoder, base_model
 from lora_drop_vllm.offline.profiler import Profile, measure, read_profile
+from lora_drop_vllm.offline.runs import Run, first_layers, measure_runs
 from lora_drop_vllm.offline.samples import sample
 from lora_drop_vllm.offline.settings import Settings
+from lora_drop_vllm.offline.trainable import Adapter
 
 WORDS = "Bees find their way home by the position of the sun. A bee that has found flowers dances. "
 SETTINGS = Settings(length=64, tokens=2048, rank=4)
@@ -68,6 +72,47 @@ def test_kl_finds_the_layer_that_does_least(smooth_model: Path) -> None:
         i not in (3, 4, 5, 6) for i in range(8)
     ]
     assert 0 <= kl[5] < 1e-4 < 1e-3 < min(kl[3], kl[4], kl[6])  # type: ignore[type-var]
+
+
+def test_the_kl_of_a_run_is_that_of_an_adapter_that_has_not_seen_its_text(
+    smooth_model: Path,
+) -> None:
+    """Of `fit_tensors` without the batch, through the parallel decode on it."""
+    model: Any = load_model(smooth_model)
+    samples = samples_of(model)
+    config = replace(SETTINGS, layers=(4, 5)).config("tiny", base_model(model))
+    runs = measure_runs(model, samples, config, {2})
+    counts = [run.count for run in runs]
+    assert counts.count(1) == 4 and counts.count(2) == 3 and len(samples) <= 10
+    tensors = fit_tensors(model, [*samples[:2], *samples[3:]], config)
+    decoder, part = ParallelDecoder(model, Adapter(config, tensors)), samples[2]
+    with torch.no_grad():
+        hidden, base = (
+            x[part.schedule.lora] for x in decoder.hidden_and_base(part.tokens, part.schedule)
+        )
+        p, q = (decoder.logits(x).log_softmax(-1) for x in (base, hidden))
+    want = float((p.exp() * (p - q)).sum(-1).mean())
+    (found,) = [run.kl for run in runs if run.layers == [4, 5]]
+    assert found == pytest.approx(want, rel=1e-3)
+
+
+def test_long_runs_begin_at_a_few_places() -> None:
+    eligible = list(range(3, 29))
+    assert first_layers(1, eligible) == eligible
+    assert first_layers(20, eligible) == [3, 4, 5, 6, 7, 8, 9]
+    assert first_layers(7, eligible) == [3, 6, 8, 11, 14, 17, 19, 22]
+    assert first_layers(26, eligible) == [3]
+
+
+def test_the_lowest_kl_chooses_the_run() -> None:
+    runs = [Run(3, 1, 0.1), Run(4, 1, 0.2), Run(5, 1, 0.3), Run(6, 1, 0.2)]
+    runs += [Run(3, 2, 0.6), Run(4, 2, 0.5), Run(5, 2, 0.7)]
+    by_kl = Profile(BASE, 1, [1], [[0.1 * n] for n in range(8)], runs)
+    assert by_kl.choose("contiguous", 2) == [4, 5] and by_kl.choose("kl", 2) == [3, 4]
+    assert by_kl.choose("similarity", 2) == [5, 6] and by_kl.choose("contiguous", 1) == [3]
+    assert replace(by_kl, runs=None).choose("contiguous", 2) == [5, 6]
+    with pytest.raises(ValueError, match=r"3 layers are to drop and the profile has runs of 1, 2;"):
+        by_kl.choose("contiguous", 3)
 
 
 def test_scores_choose_the_layers() -> None:
@@ -120,8 +165,9 @@ def test_the_command_writes_what_fit_reads(
         (["--rho", "0"], "--rho 0.0: expected more than 0"),
         (["--k", "0"], "--k 0: expected 1 or more"),
         (["--plots"], "--plots: matplotlib is not installed; pip install"),
+        (["--criterion", "kl", "--tokens", "128"], "--criterion kl: expected three rows of text"),
     ],
-    ids=["distance", "rho", "k", "plots"],
+    ids=["distance", "rho", "k", "plots", "rows"],
 )
 def test_what_cannot_be_profiled_is_refused(
     smooth_model: Path,
@@ -139,7 +185,8 @@ def test_what_cannot_be_profiled_is_refused(
     )
     (tmp_path / "corpus.txt").write_text(WORDS * 40)
     command = ["profile", str(smooth_model), "--corpus", str(tmp_path / "corpus.txt")]
-    command += ["--length", "64", "--tokens", "1024", "--out", str(tmp_path / "out")]
+    command += ["--length", "64", "--tokens", "1024", "--rank", "4"]
+    command += ["--out", str(tmp_path / "out")]
     assert main([*command, *flags]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
@@ -165,6 +212,9 @@ def test_a_file_that_is_no_profile_is_refused(
 
 def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
     profile = Profile(BASE, 1, [1], [[0.5]] * 8)
+    by_kl = replace(profile, runs=[Run(n, 1, 0.5) for n in range(3, 7)])
+    (tmp_path / "profile.json").write_text(json.dumps(by_kl.report([0.25])))
+    assert read_profile(tmp_path / "profile.json", BASE) == by_kl
     (tmp_path / "profile.json").write_text(json.dumps(profile.report([0.5])))
     assert read_profile(tmp_path / "profile.json", BASE) == profile
     with pytest.raises(ValueError, match="made for llama, 8 layers of width 128; the model is"):
@@ -177,8 +227,11 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from lora_drop_vllm.offline.plots import plot_profile, plot_training
 
-    plot_profile(Profile(BASE, 1, [1, 2], [[0.9, 0.4]] * 8), tmp_path)
+    profile = Profile(BASE, 1, [1, 2], [[0.9, 0.4]] * 8)
+    plot_profile(profile, tmp_path)
+    assert not (tmp_path / "runs.png").exists()
+    plot_profile(replace(profile, runs=[Run(3, 1, 0.1), Run(3, 2, 0.2)]), tmp_path)
     log = [{"step": n, "loss": 1.0, "ce": 1.0, "kl": 1.0, "hidden": 0.0, "lr": 1.0} for n in (1, 2)]
     plot_training(log, tmp_path / "training.png")
-    names = ("distances.png", "layers.png", "training.png")
+    names = ("distances.png", "layers.png", "runs.png", "training.png")
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)

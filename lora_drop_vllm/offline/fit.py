@@ -62,5 +62,4 @@ def new_config(
         if profile
         else measure(base, samples, config=plain if layers == "kl" else None)
     )
-    scores = found.scores("kl" if layers == "kl" else "similarity")
-    return settings.config(name, of, scores)
+    return settings.config(name, of, found.choose(layers, len(plain.drop_layers)))

@@ -8,7 +8,7 @@ behind the last drop layer never run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -58,11 +58,13 @@ def fit_layer(
     student: list[Tensor],
     batches: Sequence[Batch],
     config: AdapterConfig,
+    unseen: Container[int] = (),
 ) -> tuple[list[Site], list[Tensor], list[Tensor]]:
     """The sites of a drop layer, and both streams behind it.
 
     Args:
         teacher, student: [N, T, d] of each batch  what enters the layer without and with LoRA-Drop
+        unseen: numbers of batches that are not to be fitted on, nor to choose the ridge
     """
     rule = REUSE[config.reuse]
     goals = [ends(halves(layer, x, batch), config)[1:] for x, batch in zip(teacher, batches)]
@@ -73,6 +75,8 @@ def fit_layer(
         around = [ends(stream, config)[n : n + 2] for stream in streams]
         fitted, held_out = (Moments.zero(z[0].shape[-1], z[0].device) for _ in range(2))
         for number, batch in enumerate(batches):
+            if number in unseen:
+                continue
             state = kept(*around[number], rule, None)
             (held_out if number % HELD_OUT == 1 else fitted).add(
                 regressor(z[number], batch.layout, rule),

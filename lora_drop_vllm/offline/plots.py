@@ -19,8 +19,8 @@ def require_matplotlib(flag: str = "--plots") -> None:
         )
 
 
-def plot_profile(profile: Profile, folder: Path) -> list[Path]:
-    """`distances.png` like Fig. 1 and `layers.png` like Fig. 4; returns what was written."""
+def plot_profile(profile: Profile, folder: Path) -> None:
+    """`distances.png` like Fig. 1, `layers.png` like Fig. 4, and by KL `runs.png`."""
     figure, (left, right) = _figure(2, (9, 3.5))
     left.plot(profile.distances, profile.mean_curve(), marker="o")
     left.axhline(HORIZON, linestyle=":", color="grey")
@@ -28,13 +28,27 @@ def plot_profile(profile: Profile, folder: Path) -> list[Path]:
     horizons = [profile.horizon(row) for row in profile.similarity]
     right.bar(range(len(horizons)), horizons)
     right.set(xlabel="layer", ylabel=f"similarity horizon (at least {HORIZON})")
-    first = _save(figure, folder / "distances.png")
+    _save(figure, folder / "distances.png")
     figure, (axes,) = _figure(1, (6, 4))
     for distance, curve in zip(profile.distances, zip(*profile.similarity)):
         axes.plot(range(len(curve)), curve, marker=".", label=f"distance {distance}")
     axes.set(xlabel="layer", ylabel="cosine similarity")
     axes.legend()
-    return [first, _save(figure, folder / "layers.png")]
+    _save(figure, folder / "layers.png")
+    if profile.runs is None:
+        return
+    figure, (axes,) = _figure(1, (6, 4))
+    for count in sorted({run.count for run in profile.runs}):
+        runs = [run for run in profile.runs if run.count == count]
+        axes.plot(
+            [run.first for run in runs],
+            [run.kl for run in runs],
+            marker=".",
+            label=f"{count} layers" if count > 1 else "the layer alone",
+        )
+    axes.set(xlabel="first layer that drops", ylabel="KL to the base model, nats", yscale="log")
+    axes.legend()
+    _save(figure, folder / "runs.png")
 
 
 def plot_training(log: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -80,6 +94,5 @@ def _figure(columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=150)
-    return path

@@ -1,15 +1,15 @@
 """`lora-drop profile`: which layers a model can do without (Sec. IV-B, IV-C).
 
-Similarity: sim(l, distance) of Eq. 17 over the base model's stream, batch by batch. KL: one layer
-at a time drops, with the update fitted for it alone, and the model's distributions at LoRA
-positions are held against the base model's.
+Similarity: sim(l, distance) of Eq. 17 over the base model's stream, batch by batch. KL: each layer
+alone and runs of layers drop with an update fitted for them, and the model's distributions are held
+against the base model's (`runs.py`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,11 @@ from tqdm import tqdm
 
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
 from lora_drop_vllm.method.layers import eligible_layers, num_drop_layers, rank_layers
-from lora_drop_vllm.offline.closeness import divergence
 from lora_drop_vllm.offline.corpus import read_corpus
-from lora_drop_vllm.offline.layerwise import fit_layer
 from lora_drop_vllm.offline.parallel import base_model, run_layer
-from lora_drop_vllm.offline.positions import take
 from lora_drop_vllm.offline.pretrained import open_model
-from lora_drop_vllm.offline.samples import HELD_OUT, Sample, sample
+from lora_drop_vllm.offline.runs import Run, measure_runs
+from lora_drop_vllm.offline.samples import Sample, sample
 from lora_drop_vllm.offline.settings import CRITERIA, Settings
 
 DISTANCES = (1, 2, 3, 5, 10)  # of Fig. 4
@@ -67,6 +65,7 @@ def profile(
         sample(base, tokenizer, texts, settings),
         distances,
         settings.config(model, base_model(base)) if criterion == "kl" else None,
+        rhos,
     )
     out.mkdir(parents=True, exist_ok=True)
     report = found.report(rhos)
@@ -93,14 +92,22 @@ class Profile:
     Attributes:
         tokens: it was measured on
         similarity: [n][distances]  sim(l, distance) of every layer
-        kl: [n]  KL(base || the layer alone dropped), None for layers that never drop; or None
+        runs: of layers dropped with an update fitted for them, single layers among them; or None
     """
 
     base_model: BaseModel
     tokens: int
     distances: list[int]
     similarity: list[list[float]]
-    kl: list[float | None] | None = None
+    runs: list[Run] | None = None
+
+    @property
+    def kl(self) -> list[float | None] | None:
+        """[n]  KL(base || the layer alone dropped), None for layers that never drop; or None."""
+        if self.runs is None:
+            return None
+        alone = {run.first: run.kl for run in self.runs if run.count == 1}
+        return [alone.get(i) for i in range(self.base_model.num_hidden_layers)]
 
     def scores(self, criterion: str) -> list[float]:
         """Of every layer; the higher, the sooner it drops (Sec. IV-C).
@@ -113,6 +120,27 @@ class Profile:
         if self.kl is None:
             raise ValueError("--layers kl: the profile has none; make it with --criterion kl")
         return [float("-inf") if value is None else -value for value in self.kl]
+
+    def choose(self, choice: str, count: int) -> list[int]:
+        """The `count` layers that drop.
+
+        `contiguous` is the measured run of the lowest KL, and without KL that of the highest mean
+        similarity; other choices are criteria and take the layers that score highest alone.
+
+        Raises:
+            ValueError: the profile was made without that criterion, or for other counts.
+        """
+        if choice == "contiguous" and self.runs is not None:
+            if runs := [run for run in self.runs if run.count == count]:
+                return min(runs, key=lambda run: run.kl).layers
+            raise ValueError(
+                f"--layers contiguous: {count} layers are to drop and the profile has runs of "
+                f"{', '.join(map(str, sorted({run.count for run in self.runs})))}; make it with "
+                "that --rho, or choose --layers kl"
+            )
+        scores = self.scores("kl" if choice == "kl" else "similarity")
+        eligible = eligible_layers(self.base_model.num_hidden_layers)
+        return rank_layers(choice, count, eligible, scores)
 
     def horizon(self, curve: Sequence[float]) -> int:
         """Largest distance up to which a similarity by distance remains at 0.5 or more (Fig. 1)."""
@@ -129,18 +157,15 @@ class Profile:
 
     def report(self, rhos: Sequence[float]) -> dict[str, Any]:
         """Everything, with scores, horizons and the drop layers for each rho by each choice."""
-        n = self.base_model.num_hidden_layers
-        eligible = eligible_layers(n)
-        lists: dict[str, dict[str, list[int]]] = {}
-        for rho in rhos:
-            count = num_drop_layers(rho, n)
-            lists[str(rho)] = {
-                choice: rank_layers(choice, count, eligible, self.scores(choice))
-                for choice in CRITERIA[: 1 if self.kl is None else 2]
-            } | {
-                "contiguous": rank_layers("contiguous", count, eligible, self.scores("similarity"))
-            }
+        choices = (*CRITERIA[: 1 if self.runs is None else 2], "contiguous")
+        counts = {rho: num_drop_layers(rho, self.base_model.num_hidden_layers) for rho in rhos}
+        lists = {
+            str(rho): {choice: self.choose(choice, count) for choice in choices}
+            for rho, count in counts.items()
+            if count
+        }
         return asdict(self) | {
+            "kl": self.kl,
             "scores": self.scores("similarity"),
             "horizon": [self.horizon(row) for row in self.similarity],
             "mean_horizon": self.horizon(self.mean_curve()),
@@ -157,11 +182,11 @@ def read_profile(path: Path, base: BaseModel) -> Profile:
     try:
         raw = json.loads(path.read_text())
         model = BaseModel(**raw["base_model"])
-        rest = {key: raw[key] for key in ("tokens", "distances", "similarity", "kl")}
-        profile = Profile(model, **rest)
-        fits = {len(profile.similarity), len(profile.kl or profile.similarity)}
-        if fits != {model.num_hidden_layers}:
-            raise ValueError(f"{fits} layers")
+        rest = {key: raw[key] for key in ("tokens", "distances", "similarity")}
+        runs = None if raw["runs"] is None else [Run(**run) for run in raw["runs"]]
+        profile = Profile(model, **rest, runs=runs)
+        if len(profile.similarity) != model.num_hidden_layers:
+            raise ValueError(f"{len(profile.similarity)} layers")
     except OSError as error:
         raise ValueError(f"--profile {path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -179,11 +204,15 @@ def measure(
     samples: Sequence[Sample],
     distances: Sequence[int] = DISTANCES,
     config: AdapterConfig | None = None,
+    rhos: Sequence[float] = (),
 ) -> Profile:
     """The profile of a model; with a config also by KL, for updates like those it describes.
 
+    Args:
+        rhos: whose numbers of drop layers the runs have
+
     Raises:
-        ValueError: a distance that no two tokens of a sequence have.
+        ValueError: a distance that no two tokens of a sequence have, too little text.
     """
     sums = torch.zeros(model.config.num_hidden_layers, len(distances), dtype=torch.float64)
     pairs = torch.zeros(len(distances))
@@ -203,57 +232,16 @@ def measure(
                 f"--distances {distance}: no two tokens of a document are that far apart in a row; "
                 "lower it or raise --length"
             )
-    return Profile(
-        base_model(model),
-        sum(part.count for part in samples),
-        list(distances),
-        (sums / pairs).tolist(),
-        None if config is None else _divergences(model, samples, config),
-    )
+    base = base_model(model)
+    runs = None
+    if config is not None:
+        counts = {num_drop_layers(rho, base.num_hidden_layers) for rho in rhos} - {0}
+        runs = measure_runs(model, samples, config, counts)
+    tokens = sum(part.count for part in samples)
+    return Profile(base, tokens, list(distances), (sums / pairs).tolist(), runs)
 
 
 def _pairs(sequence: Tensor, distance: int) -> Tensor:
     """[N, T - distance] bool: the token that far ahead is of the same sequence."""
     first, second = sequence[:, :-distance], sequence[:, distance:]
     return (first == second) & (first >= 0)
-
-
-def _divergences(
-    model: Any, samples: Sequence[Sample], config: AdapterConfig
-) -> list[float | None]:
-    """KL per layer at the LoRA positions of the held-out batches."""
-    layers = model.model.layers
-    batches = [part.batch for part in samples]
-    held = list(range(len(samples)))[1::HELD_OUT]
-
-    def log_p(streams: list[Tensor], begin: int) -> list[Tensor]:
-        found = []
-        for n, x in zip(held, streams):
-            for layer in layers[begin:]:
-                x = run_layer(layer, x, batches[n])
-            rows = model.model.norm(take(x, batches[n].layout.lora_at))
-            found.append(rows)
-        return found
-
-    x = [model.model.embed_tokens(part.tokens) for part in samples]
-    base = log_p([x[n] for n in held], 0)
-    found: list[float | None] = [None] * len(layers)
-    eligible = eligible_layers(len(layers))
-    for i, layer in enumerate(tqdm(layers, desc="Dropping", unit="layer")):
-        if i not in eligible:
-            x = [run_layer(layer, stream, batch) for stream, batch in zip(x, batches)]
-            continue
-        _, after, dropped = fit_layer(layer, x, x, batches, replace(config, drop_layers=[i]))
-        found[i] = _mean_divergence(model, log_p([dropped[n] for n in held], i + 1), base)
-        x = after
-    return found
-
-
-def _mean_divergence(model: Any, hidden: list[Tensor], base: list[Tensor]) -> float:
-    total = count = 0.0
-    for own, other in zip(hidden, base):
-        for a, b in zip(own.split(256), other.split(256)):  # the vocabulary is wide
-            log_p, base_log_p = (model.lm_head(h).float().log_softmax(-1) for h in (a, b))
-            total += float(divergence(log_p, base_log_p).sum())
-            count += len(a)
-    return total / count

@@ -16,7 +16,7 @@ from lora_drop_vllm.offline.positions import Schedule
 from lora_drop_vllm.offline.settings import Settings
 
 HELD_OUT = 8  # every eighth batch is held out, from the second
-STREAMS = 6  # what `fit` holds at once, in streams [tokens, d]: a bound
+STREAMS = 8  # what `fit` or `profile` holds at once, in streams [tokens, d]: a bound
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from lora_drop_vllm.method.layers import (
     choose_layers,
     eligible_layers,
     num_drop_layers,
-    rank_layers,
 )
 from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
 
@@ -98,12 +97,12 @@ class Settings:
                 )
 
     def config(
-        self, name: str, base: BaseModel, scores: Sequence[float] | None = None
+        self, name: str, base: BaseModel, chosen: Sequence[int] | None = None
     ) -> AdapterConfig:
         """Of the new adapter for a model called `name`.
 
         Args:
-            scores: of every layer, from a profile; the criteria need them
+            chosen: the drop layers, by a profile; the criteria need one
 
         Raises:
             ValueError: see `check`.
@@ -113,10 +112,7 @@ class Settings:
         if isinstance(self.layers, str):
             rho = 0.25 if self.rho is None else self.rho
             count = num_drop_layers(rho, base.num_hidden_layers)
-            if scores is None:
-                chosen = choose_layers(self.layers, count, eligible)
-            else:
-                chosen = rank_layers(self.layers, count, eligible, scores)
+            chosen = chosen or choose_layers(self.layers, count, eligible)
         else:
             chosen = sorted(set(self.layers))
             rho = len(chosen) / len(eligible)
@@ -127,7 +123,7 @@ class Settings:
             lora_alpha=float(self.rank),
             rho=rho,
             k=self.k,
-            drop_layers=chosen,
+            drop_layers=list(chosen),
             reuse=self.reuse,
             kv=self.kv,
             injection=self.injection,
