@@ -1,4 +1,4 @@
-"""A `vllm serve` of our own: started on a free port, watched, and always stopped."""
+"""A server with LoRA-Drop to talk to: one that runs somewhere, or a `vllm serve` of our own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,19 +25,52 @@ ARGUMENTS = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-by
 _METRIC = re.compile(r"^vllm:lora_drop_(\w+?)(?:_total)?\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
 
 
-class Server:
-    """Context manager around one server process.
+@dataclass
+class Endpoint:
+    """Where a server listens (without `/v1`), and what it calls the model."""
 
-    Attributes:
-        url, name: where the server listens and what it calls the model
-        log: file with all it printed
-    """
+    url: str
+    name: str
 
-    name = "model"
+    @classmethod
+    def at(cls, url: str) -> Endpoint:
+        """The server at a URL, with or without `/v1`, asked what it serves.
+
+        Raises:
+            RuntimeError: none answers there.
+        """
+        from openai import APIError
+
+        found = cls(url.rstrip("/").removesuffix("/v1"), "")
+        try:
+            found.name = found.client().models.list().data[0].id
+        except APIError as error:
+            raise RuntimeError(
+                f"--url {url}: no server of models answers there ({error}); start one with "
+                "vllm serve MODEL --model-impl lora_drop"
+            ) from error
+        return found
+
+    def client(self) -> Any:
+        """An OpenAI client of this server; its key is that of OPENAI_API_KEY, if there is one."""
+        from openai import OpenAI
+
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+    def metrics(self) -> dict[str, int]:
+        """LoRA-Drop's counters and gauge at `/metrics`, by name without prefix and suffix."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        return {name: int(float(v)) for name, v in _METRIC.findall(text) if "created" not in name}
+
+
+class Server(Endpoint):
+    """Context manager around one server process; `log` is the file with all it printed."""
 
     def __init__(self, model: Path, arguments: list[str], port: int | None = None) -> None:
         self.port = port or _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        super().__init__(f"http://127.0.0.1:{self.port}", "model")
         self.log = Path(tempfile.mkstemp(prefix="lora_drop_server_", suffix=".log")[1])
         vllm = Path(sys.executable).with_name("vllm")
         self._command = [str(vllm), "serve", str(model), "--port", str(self.port)]
@@ -80,18 +114,6 @@ class Server:
                 process.wait(STOP_SECONDS)
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-    def client(self) -> Any:
-        """An OpenAI client of this server."""
-        from openai import OpenAI
-
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def metrics(self) -> dict[str, int]:
-        """LoRA-Drop's counters and gauge at `/metrics`, by name without prefix and suffix."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        return {name: int(float(v)) for name, v in _METRIC.findall(text) if "created" not in name}
 
     def _wait_until_healthy(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + START_SECONDS
