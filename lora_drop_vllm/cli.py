@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_drop_vllm import __version__
 from lora_drop_vllm.cli_flags import (
+    decoding_flags,
     layer_flags,
     model_flags,
     numbers,
@@ -41,6 +42,8 @@ EVALUATE_EXAMPLES = """examples:
   lora-drop evaluate ./model --adapter ./adapter --text book.txt
   lora-drop evaluate ./model --adapter ./adapter --tasks piqa,winogrande --data ./tasks --limit 500
   lora-drop evaluate ./model --adapter ./adapter --tasks ./mine.jsonl --json report.json
+  lora-drop evaluate ./model --adapter ./adapter --tasks gsm8k.jsonl,human_eval.jsonl --run-code
+  lora-drop evaluate --url http://localhost:8000 --tasks gsm8k.jsonl --limit 200 --concurrency 8
 """
 COST_EXAMPLES = """examples:
   lora-drop cost meta-llama/Llama-3.1-8B --rho 0.25,0.5 --k 1,3,5
@@ -96,15 +99,18 @@ def _parser() -> argparse.ArgumentParser:
     _making(commands)
 
     evaluate = _command(
-        commands, "evaluate", "score an adapter against its base model, offline", EVALUATE_EXAMPLES
+        commands, "evaluate", "score an adapter against its base model", EVALUATE_EXAMPLES
     )
-    evaluate.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
-    evaluate.add_argument("--adapter", required=True, type=Path, help="adapter folder")
+    evaluate.add_argument(
+        "model", nargs="?", help="model folder, or a name in the local Hugging Face cache"
+    )
+    evaluate.add_argument("--adapter", type=Path, help="adapter folder")
     evaluate.add_argument("--text", type=Path, help="plain text (UTF-8) for perplexity")
     evaluate.add_argument("--tasks", default="", help="JSONL files, or names in --data; by comma")
     evaluate.add_argument("--data", type=Path, default=Path(), help="folder of NAME.jsonl")
     evaluate.add_argument("--limit", type=positive, help="windows, and questions a task, at most")
     evaluate.add_argument("--json", type=Path, metavar="OUT", help="write the report there too")
+    decoding_flags(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     # without prefix characters nothing looks like a flag of ours
@@ -252,6 +258,7 @@ def _profile(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from lora_drop_vllm.offline.evaluate import evaluate
+    from lora_drop_vllm.offline.generative import Decoding
 
     report = evaluate(
         arguments.model,
@@ -260,6 +267,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         tasks=[name for name in arguments.tasks.split(",") if name],
         data=arguments.data,
         limit=arguments.limit,
+        decoding=Decoding(**{f.name: getattr(arguments, f.name) for f in fields(Decoding)}),
         out=arguments.json,
     )
     print(report)

@@ -67,6 +67,37 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", default="sdpa", help="sdpa (default), flex or xformers")
 
 
+def decoding_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of `offline.generative.Decoding`."""
+    flags = parser.add_argument_group(
+        "tasks that a server decodes",
+        "GSM8K and HumanEval in their published form: the base model (k = 0), then LoRA-Drop",
+    )
+    flags.add_argument("--url", help="of a running server (default: one is started, eager)")
+    flags.add_argument(
+        "--num-fewshot",
+        type=count,
+        default=5,
+        metavar="N",
+        help="the first N questions of GSM8K's file are worked examples (default: 5)",
+    )
+    flags.add_argument(
+        "--max-tokens", type=positive, default=512, metavar="N", help="of an answer (default: 512)"
+    )
+    flags.add_argument(
+        "--concurrency",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="requests at a time (default: 1); more are faster, but bring more full steps",
+    )
+    flags.add_argument(
+        "--run-code",
+        action="store_true",
+        help="let the programs that the model writes for HumanEval run here, in a sandbox",
+    )
+
+
 def layer_numbers(text: str) -> str | tuple[int, ...]:
     """Parse `10-16` or `5,9,12` into layer numbers; a name stays one."""
     if not text[:1].isdigit():
@@ -86,6 +117,13 @@ def numbers(text: str) -> tuple[int, ...]:
 def shares(text: str) -> tuple[float, ...]:
     """Parse `0.25,0.5`."""
     return tuple(float(part) for part in text.split(","))
+
+
+def count(text: str) -> int:
+    """Parse a number of at least 0."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
 
 
 def positive(text: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lora_drop_vllm.cli import main
 from lora_drop_vllm.server_process import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.model]
@@ -88,6 +89,17 @@ def test_a_request_may_lower_its_k(server: Server, k: int, full: int) -> None:
     before = server.metrics()["full_steps"]
     assert complete(server, vllm_xargs={"lora_drop_k": k})[0] == 200
     assert server.metrics()["full_steps"] - before == full
+
+
+def test_evaluate_decodes_with_both(server: Server, tmp_path: Path) -> None:
+    line = {"question": "What is 2 and 2?", "answer": "Add them.\n#### 4"}
+    (tmp_path / "sums.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n")
+    command = ["evaluate", "--url", server.url, "--tasks", str(tmp_path / "sums.jsonl")]
+    command += ["--num-fewshot", "1", "--max-tokens", "9", "--json", str(tmp_path / "out.json")]
+    assert main(command) == 0
+    (result,) = json.loads((tmp_path / "out.json").read_text())["decoded"]
+    assert result["base"]["lora_steps"] == 0 and result["base"]["full_steps"] > 1
+    assert result["lora_drop"]["lora_steps"] >= result["lora_drop"]["full_steps"]
 
 
 def test_a_disconnected_client_leaves_nothing_behind(server: Server) -> None:

@@ -1,13 +1,17 @@
 """`lora-drop evaluate`: quality under the served schedule beside the base model's.
 
-Everything is teacher-forced: what is given first is the prompt, and what follows runs in cycles of
-k LoRA steps and a refresh, as it would be decoded.
+Text and tasks with given answers are teacher-forced: what is given first is the prompt, and what
+follows runs in cycles of k LoRA steps and a refresh, as it would be decoded. Tasks that the model
+answers freely (GSM8K, HumanEval) are decoded by a server.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,48 +20,109 @@ from torch import Tensor
 
 from lora_drop_vllm.method.adapter import load_tensors, read_config
 from lora_drop_vllm.offline.closeness import perplexity
+from lora_drop_vllm.offline.generative import DecodedTask, Decoding, run_decoded
 from lora_drop_vllm.offline.parallel import ParallelDecoder
 from lora_drop_vllm.offline.pretrained import open_model
+from lora_drop_vllm.offline.programs import programs
 from lora_drop_vllm.offline.scoring import run_task
-from lora_drop_vllm.offline.tasks import read_task, read_text, task_path
+from lora_drop_vllm.offline.tasks import (
+    Example,
+    Task,
+    WordProblem,
+    read_task,
+    read_text,
+    task_path,
+)
 from lora_drop_vllm.offline.trainable import Adapter
+from lora_drop_vllm.offline.word_problems import word_problems
+from lora_drop_vllm.server_process import Endpoint, Server
 
 WINDOW, PROMPT = 256, 48  # tokens of a window of text, and of its prompt
+DEFAULT_DECODING = Decoding()
 
 
 def evaluate(
-    model: str,
-    adapter: Path,
+    model: str | None,
+    adapter: Path | None,
     *,
     text: Path | None = None,
     tasks: Sequence[str] = (),
     data: Path = Path(),
     limit: int | None = None,
+    decoding: Decoding = DEFAULT_DECODING,
     out: Path | None = None,
 ) -> str:
     """Text about everything that was asked for; the same as JSON in `out`.
 
     Args:
-        model: folder, or a name in the local Hugging Face cache
-        adapter: its folder
+        model: folder, or a name in the local Hugging Face cache; with `decoding.url` only needed
+            for what is not decoded
+        adapter: its folder; needed like `model`
         text: UTF-8 file for perplexity
         tasks: `.jsonl` paths, or names of such files in `data`
         limit: windows of the text and questions of each task, at most
+        decoding: of tasks without given answers
 
     Raises:
         ValueError: nothing to evaluate on, or input that cannot be used.
+        RuntimeError: the server failed.
     """
     if text is None and not tasks:
         raise ValueError("nothing to evaluate on: give --text FILE, --tasks NAME,… or both")
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"--json {out}: there is no folder {out.parent}; make it first")
+    words = read_text(text) if text else None
+    read = [read_task(task_path(name, data), limit, decoding.num_fewshot) for name in tasks]
+    decoded = [_decoded(task, decoding) for task in read if task.form is not Example]
+    forced = [task for task in read if task.form is Example]
+    _check_source(model, adapter, decoding.url, bool(text or forced), bool(decoded))
+    report: dict[str, Any] = {"model": model, "tasks": [], "decoded": []}
+    if adapter:
+        report["adapter"] = asdict(read_config(adapter))
+    if decoded:
+        with _server(model, adapter, decoding) as server:
+            report["decoding"] = asdict(decoding) | {"served": server.name}
+            for task in decoded:
+                report["decoded"].append(asdict(run_decoded(server, task, decoding)))
+                _write(report, out)  # hours of answers outlive a failure of the next task
+    if model and adapter and (text or forced):
+        report |= _force(model, adapter, text, words, forced, limit)
+    _write(report, out)
+    return _render(report)
+
+
+def _write(report: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _check_source(
+    model: str | None, adapter: Path | None, url: str | None, forced: bool, decoded: bool
+) -> None:
+    """Raise ValueError unless it is clear which model each task is asked of."""
+    if url and not decoded:
+        raise ValueError(f"--url {url}: none of the tasks is decoded by a server; leave it out")
+    if url and not forced:
+        if model or adapter:
+            raise ValueError("MODEL and --adapter: the server of --url has its own; leave them out")
+    elif not (model and adapter):
+        raise ValueError("MODEL and --adapter DIR are needed; only a server of --url has its own")
+
+
+def _force(
+    model: str,
+    adapter: Path,
+    text: Path | None,
+    words: str | None,
+    tasks: Sequence[Task],
+    limit: int | None,
+) -> dict[str, Any]:
+    """The report's share of what is teacher-forced."""
     config = read_config(adapter)
     tensors = load_tensors(adapter, config)
-    words = read_text(text) if text else None
-    questions = [read_task(task_path(name, data), limit) for name in tasks]
     base, tokenizer = open_model(model)
     decoder = ParallelDecoder(base, Adapter(config, tensors).to(base.device))
-    report: dict[str, Any] = {"model": model, "adapter": asdict(config)}
+    report: dict[str, Any] = {}
     if words is not None:
         windows = text_windows(tokenizer, words, limit).to(base.device)
         found = perplexity(decoder, windows, PROMPT, config.k)
@@ -66,10 +131,33 @@ def evaluate(
             "windows": len(windows),
             "steps": {kind: asdict(closeness) for kind, closeness in found.items()},
         }
-    report["tasks"] = [asdict(run_task(decoder, tokenizer, task)) for task in questions]
-    if out is not None:
-        out.write_text(json.dumps(report, indent=2) + "\n")
-    return _render(report)
+    report["tasks"] = [asdict(run_task(decoder, tokenizer, task)) for task in tasks]
+    return report
+
+
+def _decoded(task: Task, decoding: Decoding) -> DecodedTask:
+    if task.form is WordProblem:
+        return word_problems(task, decoding.num_fewshot)
+    return programs(task, decoding.run_code)
+
+
+@contextmanager
+def _server(model: str | None, adapter: Path | None, decoding: Decoding) -> Iterator[Endpoint]:
+    """The server of `--url`, or one of our own that serves the model with the adapter."""
+    for package in ("openai",) if decoding.url else ("openai", "vllm"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"GSM8K and HumanEval are decoded by a server, which takes {package}; install it, "
+                "or evaluate where it is" + (", or name a server with --url" * (not decoding.url))
+            )
+    if decoding.url:
+        yield Endpoint.at(decoding.url)
+        return
+    settings = json.dumps({"lora_drop": {"adapter": str(adapter)}})
+    arguments = ["--model-impl", "lora_drop", "--additional-config", settings]
+    with Server(Path(str(model)), arguments) as server:
+        print(f"Server: {server.url} (log: {server.log})", file=sys.stderr, flush=True)
+        yield server
 
 
 def text_windows(tokenizer: Any, text: str, limit: int | None) -> Tensor:
@@ -98,10 +186,25 @@ def _render(report: dict[str, Any]) -> str:
             f"{task['task']}: {task['examples']} questions, {task['skipped']} skipped, "
             f"{task['lora_share']:.0%} of the scored tokens predicted by LoRA steps"
         )
-        for name in ("accuracy", "accuracy_per_byte"):
-            if c := task[name]:
-                lines.append(
-                    f"  {name:<18}{c['share']:.3f} ± {c['share_se']:.3f}, base "
-                    f"{c['base']:.3f} ± {c['base_se']:.3f}, p = {c['p_value']:.2g}"
-                )
+        measures = ("accuracy", "accuracy_per_byte")
+        lines += [_measure(name, task[name]) for name in measures if task[name]]
+    for task in report["decoded"]:
+        lines.append(
+            f"{task['task']}: {task['examples']} questions, {task['skipped']} skipped"
+            + (f" ({task['refusal']})" if task["refusal"] else "")
+        )
+        for name, label in (("base", "base"), ("lora_drop", "LoRA-Drop")):
+            taken = task[name]
+            lines.append(
+                f"  {label:<18}{taken['full_steps']} full and {taken['lora_steps']} LoRA steps, "
+                f"{taken['tokens']} tokens, {taken['cut_off']} answers cut off"
+            )
+        lines += [_measure(name, found) for name, found in task["measures"].items()]
     return "\n".join(lines)
+
+
+def _measure(name: str, c: dict[str, float]) -> str:
+    return (
+        f"  {name:<18}{c['share']:.3f} ± {c['share_se']:.3f}, base "
+        f"{c['base']:.3f} ± {c['base_se']:.3f}, p = {c['p_value']:.2g}"
+    )

@@ -7,13 +7,20 @@ A line of a task is one of
     {"context_options": [str, …], "continuation": str, "gold": int}
     {"context": str, "continuation": str}                 the model must continue like this itself
 
-Lines that are none of these are skipped and counted.
+or, for the model to answer freely, one of
+
+    {"question": str, "answer": str}                      GSM8K; the number stands behind "####"
+    {"context": str, "chain_of_thought": str, "answer": str}           the same, taken apart
+    {"task_id": str, "prompt": str, "entry_point": str, "test": str}   HumanEval
+
+Lines that are none of these are skipped and counted. More keys than these do not matter.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +39,42 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Task:
-    """The questions of one file; `skipped` lines could not be used."""
+class WordProblem:
+    """A question whose answer is a number, and the way there."""
+
+    question: str
+    reasoning: str
+    answer: Decimal
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program to complete.
+
+    Attributes:
+        prompt: its beginning, up to the docstring of the function to write
+        entry_point: name of that function
+        test: source that defines `check(candidate)`, which raises for a wrong function
+    """
 
     name: str
-    examples: list[Example]
+    prompt: str
+    entry_point: str
+    test: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """The questions of one file, all of one form; `skipped` lines could not be used."""
+
+    name: str
+    examples: list[Any]
     skipped: int
+
+    @property
+    def form(self) -> type:
+        """Example, WordProblem or Program."""
+        return type(self.examples[0])
 
 
 def read_text(path: Path) -> str:
@@ -62,30 +99,40 @@ def task_path(name: str, data: Path) -> Path:
     return Path(name) if name.endswith(".jsonl") else data / f"{name}.jsonl"
 
 
-def read_task(path: Path, limit: int | None = None) -> Task:
-    """The first `limit` usable questions of a JSONL file.
+def number(text: str) -> Decimal | None:
+    """The number that a text is, without `$`, commas and a full stop at its end."""
+    try:
+        value = Decimal(text.strip().replace("$", "").replace(",", "").rstrip("."))
+    except InvalidOperation:
+        return None
+    return value if value.is_finite() else None
+
+
+def read_task(path: Path, limit: int | None = None, shots: int = 0) -> Task:
+    """The first `limit` usable questions of a JSONL file, and `shots` more of word problems.
 
     Raises:
         ValueError: there is no such file, or nothing in it can be used.
     """
-    examples: list[Example] = []
+    examples: list[Any] = []
     reasons: list[str] = []
-    for number, line in enumerate(_read_bytes(path).splitlines(), start=1):
-        if len(examples) == limit:
+    for row, line in enumerate(_read_bytes(path).splitlines(), start=1):
+        more = shots if examples and isinstance(examples[0], WordProblem) else 0
+        if limit is not None and len(examples) == limit + more:
             break
         if not line.strip():
             continue
         try:
             example = _example(json.loads(line))
-            if examples and (example.gold is None) != (examples[0].gold is None):
+            if examples and _form(example) != _form(examples[0]):
                 raise ValueError("another form than the lines before; a file holds one task")
             examples.append(example)
         except UnicodeDecodeError:
-            reasons.append(f"line {number} is not UTF-8")
+            reasons.append(f"line {row} is not UTF-8")
         except json.JSONDecodeError:
-            reasons.append(f"line {number} is not JSON")
+            reasons.append(f"line {row} is not JSON")
         except ValueError as error:
-            reasons.append(f"line {number}: {error}")
+            reasons.append(f"line {row}: {error}")
     if not examples:
         raise ValueError(
             f"{path}: no line can be used"
@@ -101,7 +148,11 @@ def _read_bytes(path: Path) -> bytes:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from error
 
 
-def _example(raw: Any) -> Example:
+def _form(example: Any) -> tuple[type, bool]:
+    return type(example), isinstance(example, Example) and example.gold is None
+
+
+def _example(raw: Any) -> Example | WordProblem | Program:
     keys = set(raw) if isinstance(raw, dict) else set()
     if keys >= {"context_options", "continuation", "gold"}:
         contexts, continuation = _texts(raw, "context_options"), _text(raw, "continuation")
@@ -114,10 +165,25 @@ def _example(raw: Any) -> Example:
         return _choice([(context, choice) for choice in _texts(raw, "choices")], raw["gold"])
     if keys >= {"context", "continuation"}:
         return Example((_pair(_text(raw, "context"), _text(raw, "continuation")),), None)
+    if keys >= {"context", "chain_of_thought", "answer"}:
+        return _problem(*(_text(raw, key) for key in ("context", "chain_of_thought", "answer")))
+    if keys >= {"question", "answer"}:
+        reasoning, _, answer = _text(raw, "answer").rpartition("####")
+        return _problem(_text(raw, "question"), reasoning, answer)
+    if keys >= {"task_id", "prompt", "entry_point", "test"}:
+        return Program(*(_text(raw, key) for key in ("task_id", "prompt", "entry_point", "test")))
     raise ValueError(
         f"keys {sorted(keys)}: expected context or query, choices and gold; context_options, "
-        "continuation and gold; or context and continuation"
+        "continuation and gold; context and continuation; question and answer; or task_id, prompt, "
+        "entry_point and test"
     )
+
+
+def _problem(question: str, reasoning: str, answer: str) -> WordProblem:
+    value = number(answer)
+    if value is None:
+        raise ValueError(f"answer={answer.strip()!r}: expected a number, behind #### if reasoned")
+    return WordProblem(question.strip(), reasoning.strip(), value)
 
 
 def _choice(candidates: list[tuple[str, str]], gold: Any) -> Example:

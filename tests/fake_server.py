@@ -1,0 +1,95 @@
+"""A small OpenAI-compatible server without a model, with LoRA-Drop's counters at `/metrics`."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Speaks the part of the API that is asked for; counts steps as a server with k = 3 would.
+
+    Attributes:
+        say: what is answered to a prompt, by whether k = 0; a ValueError is a bad request
+        lora_steps: how many are counted for an answer, by whether k = 0 and its tokens
+        asked: the bodies of all requests, in order
+        overlapped: whether one with k = 0 ran beside another
+    """
+
+    def __init__(self, say: Callable[[str, bool], str]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.say = say
+        self.asked: list[dict[str, Any]] = []
+        self.running: list[bool] = []
+        self.overlapped = False
+        self.lock = threading.Lock()
+        self.steps = {"full_steps": 7, "lora_steps": 11}
+        self.lora_steps: Callable[[bool, int], int] = lambda base, tokens: (
+            0 if base else 3 * tokens // 4
+        )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        base = body.get("vllm_xargs") == {"lora_drop_k": 0}
+        with self.lock:
+            self.asked.append(body)
+            self.running.append(base)
+            self.overlapped |= len(set(self.running)) > 1
+        try:
+            if len(body["stop"]) > 4:
+                raise ValueError("stop: at most 4 strings")
+            text = self.say(body["prompt"], base)
+        finally:
+            with self.lock:
+                self.running.remove(base)
+        for stop in body["stop"]:
+            text = text.split(stop)[0]
+        tokens = len(text.split()) + 1
+        lora = self.lora_steps(base, tokens)
+        with self.lock:
+            self.steps["lora_steps"] += lora
+            self.steps["full_steps"] += tokens - lora
+        reason = "length" if tokens > body["max_tokens"] else "stop"
+        choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
+        usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1}
+        head = {"id": "0", "object": "text_completion", "created": 0, "model": "fake"}
+        return head | {"choices": [choice], "usage": usage}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def do_GET(self) -> None:
+        if self.path == "/metrics":
+            lines = [
+                f'vllm:lora_drop_{name}_total{{engine="0",model_name="fake"}} {float(value)}\n'
+                for name, value in self.server.steps.items()
+            ]
+            return self.reply(200, "".join(lines))
+        model = {"id": "fake", "object": "model", "created": 0, "owned_by": "us"}
+        return self.reply(200, {"object": "list", "data": [model]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        try:
+            self.reply(200, self.server.complete(body))
+        except ValueError as error:
+            self.reply(400, {"error": {"message": str(error), "code": 400}})
+
+    def reply(self, status: int, answer: Any) -> None:
+        content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        self.send_response(status)
+        kind = "text/plain" if isinstance(answer, str) else "application/json"
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
