@@ -1,15 +1,23 @@
-"""`lora-drop`: parses the command line and calls; no logic of its own."""
+"""`lora-drop`: parses the command line; no logic of its own."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lora_drop_vllm import __version__
+from lora_drop_vllm.cli_commands import (
+    run_check,
+    run_cost,
+    run_demo,
+    run_evaluate,
+    run_fit,
+    run_lm_eval,
+    run_profile,
+    run_train,
+)
 from lora_drop_vllm.cli_flags import (
     decoding_flags,
     layer_flags,
@@ -49,18 +57,6 @@ COST_EXAMPLES = """examples:
   lora-drop cost meta-llama/Llama-3.1-8B --rho 0.25,0.5 --k 1,3,5
   lora-drop cost ./model --prompt 512 --tokens 4096 --json cost.json --plot cost.png
 """
-LM_EVAL_EXAMPLES = """lm-eval's own command, which then knows the model lora_drop
-
-its flags: lora-drop lm-eval run --help
---model_args: pretrained=MODEL, adapter=DIR, k=N (default: the adapter's; 0 is the base model), and
-those of lm-eval's model hf, such as dtype=float32
-
-examples:
-  lora-drop lm-eval --model lora_drop --model_args pretrained=./model,adapter=./adapter \\
-      --tasks hellaswag,piqa --limit 500 --output_path report.json
-  lora-drop lm-eval --model lora_drop --model_args pretrained=./model,adapter=./adapter,k=7 \\
-      --tasks wikitext --batch_size 8
-"""
 CHECK_EXAMPLES = """examples:
   lora-drop check meta-llama/Llama-3.1-8B --adapter ./adapter
   lora-drop check ./model --adapter ./adapter --json
@@ -93,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--k", type=int, default=3, help="LoRA steps per full step (default: 3)")
     demo.add_argument("--tokens", type=int, default=64, help="answer length (default: 64)")
     demo.add_argument("--port", type=int, help="of the server (default: a free one)")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=run_demo)
 
     _looking_ahead(commands)
     _making(commands)
@@ -111,14 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=positive, help="windows, and questions a task, at most")
     evaluate.add_argument("--json", type=Path, metavar="OUT", help="write the report there too")
     decoding_flags(evaluate)
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=run_evaluate)
 
     # without prefix characters nothing looks like a flag of ours
     lm_eval = commands.add_parser(
         "lm-eval", help="run lm-eval with the model lora_drop", prefix_chars="\0", add_help=False
     )
     lm_eval.add_argument("arguments", nargs="*")
-    lm_eval.set_defaults(run=_lm_eval)
+    lm_eval.set_defaults(run=run_lm_eval)
     return parser
 
 
@@ -130,7 +126,7 @@ def _looking_ahead(commands: Any) -> None:
     check.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
     check.add_argument("--adapter", required=True, type=Path, help="adapter folder")
     check.add_argument("--json", action="store_true", help="print one JSON object instead")
-    check.set_defaults(run=_check)
+    check.set_defaults(run=run_check)
 
     cost = _command(commands, "cost", "KV and ideal speed over rho and k, offline", COST_EXAMPLES)
     cost.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
@@ -146,7 +142,7 @@ def _looking_ahead(commands: Any) -> None:
     )
     cost.add_argument("--json", type=Path, metavar="OUT", help="write the table there too")
     cost.add_argument("--plot", type=Path, metavar="PNG", help="draw it (matplotlib)")
-    cost.set_defaults(run=_cost)
+    cost.set_defaults(run=run_cost)
 
 
 def _making(commands: Any) -> None:
@@ -156,7 +152,7 @@ def _making(commands: Any) -> None:
     layer_flags(fit)
     fit.add_argument("--out", required=True, type=Path, help="adapter folder to write")
     fit.add_argument("--tokens", type=int, default=32768, help="of the corpus (default: 32768)")
-    fit.set_defaults(run=_fit)
+    fit.set_defaults(run=run_fit)
 
     train = _command(
         commands, "train", "train an adapter; --out goes on after a kill", TRAIN_EXAMPLES
@@ -168,7 +164,7 @@ def _making(commands: Any) -> None:
     train.add_argument("--from", dest="start", default="fit", help="fit (default), zero, or DIR")
     train.add_argument("--out", required=True, type=Path, help="adapter folder to write")
     train.add_argument("--plots", action="store_true", help="draw the curves too (matplotlib)")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=run_train)
 
     profile = _command(commands, "profile", "measure which layers may drop", PROFILE_EXAMPLES)
     model_flags(profile)
@@ -184,7 +180,7 @@ def _making(commands: Any) -> None:
     profile.add_argument("--rho", type=shares, default=(0.25, 0.5, 0.75), help="such as 0.25,0.5")
     profile.add_argument("--tokens", type=int, default=16384, help="of the corpus (default: 16384)")
     profile.add_argument("--plots", action="store_true", help="draw figures too (matplotlib)")
-    profile.set_defaults(run=_profile)
+    profile.set_defaults(run=run_profile)
 
 
 def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -196,118 +192,6 @@ def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
-
-
-def _settings(arguments: argparse.Namespace, **given: Any) -> Any:
-    from lora_drop_vllm.offline.settings import Settings
-
-    flags = {f.name for f in fields(Settings)} & vars(arguments).keys()
-    return Settings(**{**{name: getattr(arguments, name) for name in flags}, **given})
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    from lora_drop_vllm import demo
-
-    demo.run(demo.settings(arguments), arguments.tokens, arguments.port)
-    return 0
-
-
-def _fit(arguments: argparse.Namespace) -> int:
-    from lora_drop_vllm.offline.fit import fit
-
-    settings = _settings(arguments)
-    print(fit(arguments.model, arguments.corpus, settings, arguments.out, arguments.profile))
-    return 0
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from lora_drop_vllm.offline.gradient import Plan
-    from lora_drop_vllm.offline.trainer import train
-
-    print(
-        train(
-            arguments.model,
-            arguments.corpus,
-            _settings(arguments),
-            Plan(**{f.name: getattr(arguments, f.name) for f in fields(Plan)}),
-            arguments.out,
-            start=arguments.start,
-            profile=arguments.profile,
-            plots=arguments.plots,
-        )
-    )
-    return 0
-
-
-def _profile(arguments: argparse.Namespace) -> int:
-    from lora_drop_vllm.offline.profiler import profile
-
-    report = profile(
-        arguments.model,
-        arguments.corpus,
-        _settings(arguments, rho=None),
-        arguments.out,
-        criterion=arguments.criterion,
-        distances=arguments.distances,
-        rhos=arguments.rho,
-        plots=arguments.plots,
-    )
-    print(report)
-    return 0
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from lora_drop_vllm.offline.evaluate import evaluate
-    from lora_drop_vllm.offline.generative import Decoding
-
-    report = evaluate(
-        arguments.model,
-        arguments.adapter,
-        text=arguments.text,
-        tasks=[name for name in arguments.tasks.split(",") if name],
-        data=arguments.data,
-        limit=arguments.limit,
-        decoding=Decoding(**{f.name: getattr(arguments, f.name) for f in fields(Decoding)}),
-        out=arguments.json,
-    )
-    print(report)
-    return 0
-
-
-def _cost(arguments: argparse.Namespace) -> int:
-    from lora_drop_vllm.offline.cost import cost
-
-    report = cost(
-        arguments.model,
-        arguments.rho,
-        arguments.k,
-        prompt=arguments.prompt,
-        tokens=arguments.tokens,
-        dtype=arguments.dtype,
-        out=arguments.json,
-        plot=arguments.plot,
-    )
-    print(report)
-    return 0
-
-
-def _lm_eval(arguments: argparse.Namespace) -> int:
-    if arguments.arguments in ([], ["-h"], ["--help"]):
-        print(LM_EVAL_EXAMPLES, end="")
-        return 0
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("lm-eval: not installed; pip install 'lora_drop_vllm[eval]'")
-    from lora_drop_vllm.offline.lm_eval_model import run
-
-    run(arguments.arguments)
-    return 0
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    from lora_drop_vllm.offline.check import check
-
-    print(check(arguments.model, arguments.adapter, as_json=arguments.json))
-    return 0
 
 
 if __name__ == "__main__":
