@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,29 @@ def serve() -> Iterator[Serve]:
     server = Serve()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def dry(models: dict[str, Path]) -> Callable[..., Any]:
+    """`dry(**setup)` starts an engine that keeps books in the place of a model."""
+    pytest.importorskip("vllm")
+    from dry_engine import DryEngine, Setup, prepare
+
+    config = prepare(models["llama"])
+    plain: dict[str, Any] = dict(
+        kv="skip",
+        k=3,
+        block_sizes=(3, 4),
+        spare_blocks=30,
+        max_model_len=32,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        long_prefill_token_threshold=0,
+        async_scheduling=False,
+        prefix_caching=True,
+        policy="fcfs",
+    )
+    return lambda **setup: DryEngine(config, Setup(**(plain | setup)))
 
 
 @pytest.fixture(scope="session")

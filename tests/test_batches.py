@@ -108,6 +108,11 @@ def test_a_prefix_hit_may_end_inside_a_block(
     for prompt, output in zip(prompts, outputs):
         assert output.tokens == Oracle(hf_models["llama"], settings).decode(prompt, 10)
     assert [output.cached for output in outputs] == [0, 192, 192, 0]
+    engine.record()
+    twins = [prompt_of(150, seed=1)] * 2
+    outputs = engine.generate(twins, 6)  # at once: the second waits for what the first writes
+    assert [output.cached for output in outputs] == [0, 128]
+    check_against_oracle(engine, hf_models["llama"], settings, twins, outputs)
     check_all_released(engine)
 
 

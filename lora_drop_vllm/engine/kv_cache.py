@@ -1,4 +1,4 @@
-"""KV cache of a model whose drop layers skip slots: two specs and the drop layers' manager.
+"""KV cache of a model whose drop layers skip slots: two specs and their managers.
 
 Both kinds of layer get a spec of their own that refuses to merge with the other: vLLM groups by
 `isinstance`, and a subclass of its full-attention spec would silently be put into one group under
@@ -32,7 +32,72 @@ class _OwnGroup(FullAttentionSpec):
         return super().merge(specs)
 
 
-class DropLayerManager(FullAttentionManager):
+class PromptSharingManager(FullAttentionManager):
+    """Shares with other requests what was computed as a prompt, and nothing else.
+
+    A generated token's keys and values come after holes and updates: of the drop layers they are
+    not at their positions, of the others they are not what a prompt would compute.
+    """
+
+    tracker: PhaseTracker  # set by the scheduler before the first request
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.written_this_step: set[int] = set()  # blocks with prompt tokens of the step at hand
+
+    def new_step_starts(self) -> None:
+        """Forget the blocks of the last step."""
+        super().new_step_starts()
+        self.written_this_step.clear()
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Blocks still missing for the request; too many for any pool while it has to wait.
+
+        A hit that ends inside a block copies that block before the step runs, so it has to wait
+        for the step in which another request still writes the block.
+        """
+        if (
+            self._has_partial_local_hit(new_computed_blocks, num_local_computed_tokens)
+            and new_computed_blocks[-1].block_id in self.written_this_step
+        ):
+            return self.block_pool.num_gpu_blocks
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            *args,
+            **kwargs,
+        )
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Share the blocks of prompt positions."""
+        end = min(num_tokens, self.tracker.prompt_end(request.request_id, request.num_tokens))
+        if request.num_computed_tokens < end:
+            first = self.num_cached_block.get(request.request_id, 0)
+            blocks = self.req_to_blocks[request.request_id][first : -(-end // self.block_size)]
+            self.written_this_step.update(block.block_id for block in blocks)
+        super().cache_blocks(request, end, retention_interval, replay_boundaries=replay_boundaries)
+
+
+class DropLayerManager(PromptSharingManager):
     """Blocks of the drop layers under `kv: skip`: one slot per token of a full step.
 
     The engine counts tokens; this manager takes off the request's holes, the tokens of its LoRA
@@ -40,8 +105,6 @@ class DropLayerManager(FullAttentionManager):
     request would need in a full step is always reserved: at most one slot ahead, and counted as
     written only when it is.
     """
-
-    tracker: PhaseTracker  # set by the scheduler before the first request
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
@@ -59,24 +122,8 @@ class DropLayerManager(FullAttentionManager):
             request_id, num_tokens - holes, num_tokens_main_model - holes
         )
 
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
-        """Share only blocks of prompt positions, which have no holes."""
-        super().cache_blocks(
-            request,
-            min(num_tokens, self.tracker.prompt_end(request.request_id, request.num_tokens)),
-            retention_interval,
-            replay_boundaries=replay_boundaries,
-        )
 
-
-@register_kv_cache_spec(manager_class=FullAttentionManager)
+@register_kv_cache_spec(manager_class=PromptSharingManager)
 @dataclass(frozen=True, kw_only=True)
 class AlwaysOnSpec(_OwnGroup):
     """KV cache of a layer that runs in every step: one slot per token."""

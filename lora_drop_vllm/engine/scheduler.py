@@ -13,6 +13,7 @@ from lora_drop_vllm.engine.request_args import request_k
 from lora_drop_vllm.method.schedule import PhaseTracker, Scheduled, StepPlan
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.request import Request
@@ -37,9 +38,9 @@ class LoRADropScheduler(AsyncScheduler):
         ]
         if bool(self.drop_managers) != self.lora_drop.kv_skips:
             raise RuntimeError("the drop layers did not get a KV-cache group of their own")
-        for manager in self.drop_managers:
-            manager.tracker = self.tracker
         if self.drop_managers:
+            for manager in self.kv_cache_manager.coordinator.single_type_managers:
+                manager.tracker = self.tracker
             allow_partial_prefix_hits(self.kv_cache_manager.coordinator)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -55,6 +56,21 @@ class LoRADropScheduler(AsyncScheduler):
                 self.tracker.admit(request_id, self._k(request), request.num_tokens)
             scheduled.append(Scheduled(request_id, request.num_computed_tokens, num_tokens))
         return self.tracker.advance(scheduled)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """vLLM's prefix hit; none where the copy of a shared block could never find room.
+
+        A hit that ends inside a block takes one block more than the request itself, for good
+        when the pool was made for one request of this length.
+        """
+        hit = super()._get_local_prefix_cache_hit(request)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        needed = sum(
+            -(-request.num_tokens // m.block_size) + (hit[1] % m.block_size > 0) for m in managers
+        )
+        if hit[1] and needed > self.kv_cache_manager.block_pool.num_gpu_blocks - 1:
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+        return hit
 
     def _k(self, request: Request) -> int:
         params = request.sampling_params

@@ -40,11 +40,31 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks", "scheduler.py", ("request",)
     ),
+    Seam(
+        "vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit",
+        "scheduler.py",
+        ("request",),
+    ),
     Seam("vllm.v1.core.sched.scheduler:Scheduler.make_stats", "scheduler.py", ("self",)),
     Seam(
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate",
         "kv_cache.py",
-        ("request_id", "num_tokens"),
+        (
+            "request_id",
+            "num_tokens",
+            "new_computed_blocks",
+            "total_computed_tokens",
+            "num_local_computed_tokens",
+        ),
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager._has_partial_local_hit",
+        "kv_cache.py",
+        ("new_computed_blocks", "num_local_computed_tokens"),
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.new_step_starts",
+        "kv_cache.py",
     ),
     Seam(
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks",
