@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-matrix check bench clean
+.PHONY: install demo test test-matrix soak check bench clean
 
 install: $(STAMP)
 
@@ -23,6 +23,12 @@ test: install check
 test-matrix: install
 	$(BIN)/pytest --matrix -m matrix
 	VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 $(BIN)/pytest --matrix -m "matrix and runners"
+
+# random lives of the scheduler: 100 times what `make test` runs; another FIRST_SEED, other lives
+EFFORT ?= 100
+FIRST_SEED ?= 0
+soak: install
+	$(BIN)/pytest --effort $(EFFORT) --first-seed $(FIRST_SEED) tests/test_scheduler_model.py
 
 check: install
 	$(BIN)/ruff check .

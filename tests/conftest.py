@@ -40,6 +40,10 @@ from serving import Serve  # noqa: E402
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="all settings on the real model too")
+    parser.addoption(
+        "--effort", type=int, default=1, help="how many times the random trials of `make test`"
+    )
+    parser.addoption("--first-seed", type=int, default=0, help="where random trials start")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -55,6 +59,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def effort(request: pytest.FixtureRequest) -> int:
+    """How many times the random trials of `make test` to run."""
+    return int(request.config.getoption("--effort"))
+
+
+@pytest.fixture(scope="session")
+def first_seed(request: pytest.FixtureRequest) -> int:
+    """The seed that random trials start from."""
+    return int(request.config.getoption("--first-seed"))
 
 
 @pytest.fixture(scope="session")
