@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,11 @@ class Plan:
 
 
 class Devices:
-    """The processes that train together: those of `accelerate launch`, or this one alone."""
+    """The processes that train together: those of `accelerate launch` or `torchrun`, or one alone.
+
+    Raises:
+        ValueError: there are others, and no accelerate to bring them together.
+    """
 
     def __init__(self) -> None:
         self.number, self.count = 0, 1
@@ -79,9 +84,16 @@ class Devices:
         if importlib.util.find_spec("accelerate") is not None:
             from accelerate import Accelerator
 
-            self._accelerator = Accelerator()
+            # not told that it is to be the CPU, accelerate takes each process for one alone
+            self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
             self.number = self._accelerator.process_index
             self.count = self._accelerator.num_processes
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.count:
+            raise ValueError(
+                f"started as {started} processes, of which {self.count} would train together; "
+                "pip install 'lora_drop_vllm[train]', or start one process"
+            )
 
     def mean(self, x: Tensor) -> Tensor:
         """Over all processes."""

@@ -1,0 +1,64 @@
+"""Several training processes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import WORDS, tensors_of
+
+from lora_drop_vllm.cli import main
+from lora_drop_vllm.offline.checkpoint import LOG
+from lora_drop_vllm.offline.gradient import Devices
+
+
+@pytest.fixture
+def given(smooth_model: Path, tmp_path: Path) -> list[str]:
+    """Model, corpus and the settings of a short run."""
+    (tmp_path / "corpus.txt").write_text(WORDS * 60)
+    return ["train", str(smooth_model), "--corpus", str(tmp_path / "corpus.txt"), "--length", "32",
+            "--rank", "4", "--rho", "0.5", "--steps", "12", "--batch", "1", "--warmup", "2",
+            "--save-every", "2", "--from", "zero"]  # fmt: skip
+
+
+@pytest.mark.matrix
+def test_two_processes_train_the_adapter_of_one(given: list[str], tmp_path: Path) -> None:
+    """Which takes twice as many batches a step."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install '.[train]'")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command = [sys.executable, *launch, "-m", "lora_drop_vllm.cli", *given]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "two")],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert main([*given, "--accumulate", "2", "--out", str(tmp_path / "one")]) == 0
+    two, one = (tensors_of(tmp_path / name) for name in ("two", "one"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / LOG).read_text().splitlines()]
+        for name in ("two", "one")
+    ]
+    for mine, other in zip(*logs, strict=True):
+        assert mine["tokens"] == other["tokens"]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="started as 2 processes, of which 1 would train"):
+        Devices()
