@@ -1,4 +1,4 @@
-"""Several training processes at once."""
+"""Training processes: killed at any moment, and several at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import WORDS, tensors_of
+from test_train import WORDS, assert_equal, tensors_of
 
 from lora_drop_vllm.cli import main
 from lora_drop_vllm.offline.checkpoint import LOG
@@ -25,6 +25,61 @@ def given(smooth_model: Path, tmp_path: Path) -> list[str]:
     return ["train", str(smooth_model), "--corpus", str(tmp_path / "corpus.txt"), "--length", "32",
             "--rank", "4", "--rho", "0.5", "--steps", "12", "--batch", "1", "--warmup", "2",
             "--save-every", "2", "--from", "zero"]  # fmt: skip
+
+
+# A run that nothing interrupts, then runs that are killed and go on. The processes are forks of one
+# that has imported everything and done nothing else.
+KILLER = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+from transformers import AutoTokenizer, LlamaForCausalLM
+from lora_drop_vllm.cli import main
+from lora_drop_vllm.offline import trainer
+from lora_drop_vllm.offline.checkpoint import LOG
+
+kills, folder, given = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+moments = random.Random(kills)
+
+def start(out):
+    child = os.fork()
+    if not child:
+        os._exit(main([*given, "--out", str(out)]))
+    while not (out / LOG).exists():  # written when training begins
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            sys.exit("the trainer ended before it began")
+        time.sleep(0.001)
+    return child
+
+def end(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+child, began = start(folder / "whole"), time.monotonic()
+assert end(child) == 0
+length = time.monotonic() - began
+while kills:
+    out = folder / str(kills)
+    child = start(out)
+    time.sleep(moments.random() * length)
+    os.kill(child, signal.SIGKILL)
+    if end(child) != -signal.SIGKILL:  # it was through
+        shutil.rmtree(out)
+        continue
+    print((out / LOG).read_text().count("\\n"))
+    child = start(out)
+    assert end(child) == 0
+    kills -= 1
+"""
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.matrix)])
+def test_runs_killed_at_random_moments_end_alike(
+    given: list[str], tmp_path: Path, kills: int
+) -> None:
+    command = [sys.executable, "-c", KILLER, str(kills), str(tmp_path), *given]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for number in range(1, kills + 1):
+        assert_equal(tmp_path / str(number), tmp_path / "whole")
 
 
 @pytest.mark.matrix
