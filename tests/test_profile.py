@@ -111,6 +111,7 @@ def test_the_lowest_kl_chooses_the_run() -> None:
     assert by_kl.choose("contiguous", 2) == [4, 5] and by_kl.choose("kl", 2) == [3, 4]
     assert by_kl.choose("similarity", 2) == [5, 6] and by_kl.choose("contiguous", 1) == [3]
     assert replace(by_kl, runs=None).choose("contiguous", 2) == [5, 6]
+    assert not any(by_kl.report([0.01])["drop_layers"]["0.01"].values())
     with pytest.raises(ValueError, match=r"3 layers are to drop and the profile has runs of 1, 2;"):
         by_kl.choose("contiguous", 3)
 

@@ -160,9 +160,8 @@ class Profile:
         choices = (*CRITERIA[: 1 if self.runs is None else 2], "contiguous")
         counts = {rho: num_drop_layers(rho, self.base_model.num_hidden_layers) for rho in rhos}
         lists = {
-            str(rho): {choice: self.choose(choice, count) for choice in choices}
+            str(rho): {choice: self.choose(choice, count) if count else [] for choice in choices}
             for rho, count in counts.items()
-            if count
         }
         return asdict(self) | {
             "kl": self.kl,
