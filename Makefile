@@ -14,15 +14,20 @@ $(STAMP): requirements/cpu.txt requirements/install.sh requirements/vllm_shim/py
 demo: install
 	$(BIN)/lora-drop demo
 
+# tests run on JOBS processes of one thread each; vLLM's workers stay where the system puts them
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/pytest -n $(JOBS) --dist loadgroup
+V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1
+
 # all tests; those of the model runners a second time, with Model Runner V2 in Triton's interpreter
 test: install check
-	$(BIN)/pytest
-	VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 $(BIN)/pytest -m runners
+	$(PYTEST)
+	$(V2) $(PYTEST) -m runners
 
 # the settings that `make test` leaves out: above all the real model in every one
 test-matrix: install
-	$(BIN)/pytest --matrix -m matrix
-	VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 $(BIN)/pytest --matrix -m "matrix and runners"
+	$(PYTEST) --matrix -m matrix
+	$(V2) $(PYTEST) --matrix -m "matrix and runners"
 
 # random lives of the scheduler: 100 times what `make test` runs; another FIRST_SEED, other lives
 EFFORT ?= 100

@@ -14,7 +14,8 @@ import pytest
 from lora_drop_vllm.cli import main
 from lora_drop_vllm.server_process import Server
 
-pytestmark = [pytest.mark.engine, pytest.mark.model]
+# one server for all: they run in one process
+pytestmark = [pytest.mark.engine, pytest.mark.model, pytest.mark.xdist_group("server")]
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,11 @@ def real_model(cache: Path | None = None) -> Path:
         gguf = _fetch(Path(scratch))
         made = Path(scratch) / NAME
         convert(gguf, made)
-        if not folder.exists():  # another process may have been quicker
+        try:
             os.replace(made, folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # another process may have been quicker
+                raise
     return folder
 
 
