@@ -17,7 +17,7 @@ from lora_drop_vllm.cli import main
 from lora_drop_vllm.offline.closeness import perplexity
 from lora_drop_vllm.offline.parallel import ParallelDecoder
 from lora_drop_vllm.offline.scoring import Candidate, run_task, score
-from lora_drop_vllm.offline.significance import Comparison, mcnemar
+from lora_drop_vllm.offline.significance import Comparison, MeanLoss, mcnemar
 from lora_drop_vllm.offline.tasks import Example, Task, read_task, read_text
 from lora_drop_vllm.offline.trainable import Adapter
 
@@ -95,6 +95,17 @@ def test_mcnemar_is_the_exact_test() -> None:
     found = Comparison.of([True, False, False, True], [True, True, True, False])
     assert (found.share, found.base, found.only_base, found.only_this) == (0.5, 0.75, 2, 1)
     assert found.share_se == pytest.approx((0.25 / 3) ** 0.5) and found.p_value == 1.0
+
+
+def test_a_loss_is_taken_question_by_question() -> None:
+    found = Comparison.of([True, False, False, True], [True, True, True, False])
+    losses = torch.tensor([0.0, 1.0, 1.0, -1.0])
+    assert found.loss == pytest.approx(float(losses.mean()))
+    assert found.loss_se == pytest.approx(float(losses.std() / 2))
+    same = Comparison.of([True, False], [True, False])
+    mean = MeanLoss.of([found, same])
+    assert same.loss == same.loss_se == 0 and mean.loss == found.loss / 2 and mean.tasks == 2
+    assert mean.high - mean.low == pytest.approx(1.96 * found.loss_se)
 
 
 def test_all_forms_of_a_task_are_read(tmp_path: Path) -> None:

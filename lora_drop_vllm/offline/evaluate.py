@@ -25,6 +25,7 @@ from lora_drop_vllm.offline.parallel import ParallelDecoder
 from lora_drop_vllm.offline.pretrained import open_model
 from lora_drop_vllm.offline.programs import programs
 from lora_drop_vllm.offline.scoring import run_task
+from lora_drop_vllm.offline.significance import MeanLoss
 from lora_drop_vllm.offline.tasks import (
     Example,
     Task,
@@ -131,7 +132,10 @@ def _force(
             "windows": len(windows),
             "steps": {kind: asdict(closeness) for kind, closeness in found.items()},
         }
-    report["tasks"] = [asdict(run_task(decoder, tokenizer, task)) for task in tasks]
+    results = [run_task(decoder, tokenizer, task) for task in tasks]
+    report["tasks"] = [asdict(result) for result in results]
+    if len(results) > 1:
+        report["mean_loss"] = asdict(MeanLoss.of([result.accuracy for result in results]))
     return report
 
 
@@ -188,6 +192,12 @@ def _render(report: dict[str, Any]) -> str:
         )
         measures = ("accuracy", "accuracy_per_byte")
         lines += [_measure(name, task[name]) for name in measures if task[name]]
+    if mean := report.get("mean_loss"):
+        loss, low, high = (100 * mean[name] for name in ("loss", "low", "high"))
+        lines.append(
+            f"mean of {mean['tasks']} tasks: {loss:.1f} points of accuracy lost, 95 % interval "
+            f"{low:.1f} to {high:.1f}"
+        )
     for task in report["decoded"]:
         lines.append(
             f"{task['task']}: {task['examples']} questions, {task['skipped']} skipped"

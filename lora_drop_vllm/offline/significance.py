@@ -16,6 +16,7 @@ class Comparison:
         base, base_se: the base model's
         only_base, only_this: questions that just one of the two got right
         p_value: McNemar's exact test, two-sided: how likely so uneven a split is by chance
+        loss, loss_se: base - share and its standard error, question by question
     """
 
     share: float
@@ -25,6 +26,8 @@ class Comparison:
     only_base: int
     only_this: int
     p_value: float
+    loss: float
+    loss_se: float
 
     @classmethod
     def of(cls, right: Sequence[bool], base_right: Sequence[bool]) -> Comparison:
@@ -41,7 +44,31 @@ class Comparison:
             only_base,
             only_this,
             mcnemar(only_base, only_this),
+            base - share,
+            math.sqrt(((only_base + only_this) / n - (base - share) ** 2) / max(n - 1, 1)),
         )
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """Accuracy lost against the base model, each task counting the same.
+
+    Attributes:
+        low, high: its 95 % confidence interval, from the tasks' own standard errors
+    """
+
+    tasks: int
+    loss: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, comparisons: Sequence[Comparison]) -> MeanLoss:
+        """Over one comparison per task."""
+        n = len(comparisons)
+        loss = sum(c.loss for c in comparisons) / n
+        margin = 1.96 * math.sqrt(sum(c.loss_se**2 for c in comparisons)) / n
+        return cls(n, loss, loss - margin, loss + margin)
 
 
 def standard_error(share: float, count: int) -> float:
