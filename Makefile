@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-matrix soak check bench clean
+.PHONY: install demo test test-matrix soak fuzz check bench clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ EFFORT ?= 100
 FIRST_SEED ?= 0
 soak: install
 	$(BIN)/pytest --effort $(EFFORT) --first-seed $(FIRST_SEED) tests/test_scheduler_model.py
+
+# 100,000 adapters and settings, most of them broken
+fuzz: install
+	$(BIN)/pytest --effort 50 --first-seed $(FIRST_SEED) tests/test_untrusted.py
 
 check: install
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_drop_vllm.method.adapter import BaseModel, load_tensors, read_config
+from lora_drop_vllm.method.adapter import MAX_K, BaseModel, load_tensors, read_config
 from lora_drop_vllm.method.layers import (
     CHOICES,
     choose_layers,
@@ -15,6 +15,7 @@ from lora_drop_vllm.method.layers import (
     num_drop_layers,
 )
 from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
+from lora_drop_vllm.method.untrusted import shown
 
 HELP = (
     'pass --additional-config \'{"lora_drop": {"adapter": "DIR"}}\', or for a speed test without '
@@ -99,10 +100,10 @@ def resolve(settings: Any, model: BaseModel) -> LoRADropConfig:
         AdapterError: when the adapter itself is at fault.
     """
     if not isinstance(settings, Mapping):
-        raise LoRADropConfigError(f"lora_drop={settings!r}: expected an object; {HELP}.")
-    if unknown := sorted(set(settings) - set(_KEYS)):
+        raise LoRADropConfigError(f"lora_drop={shown(settings)}: expected an object; {HELP}.")
+    if unknown := sorted(str(key) for key in settings if key not in _KEYS):
         raise LoRADropConfigError(
-            f"lora_drop.{unknown[0]}: unknown setting; allowed: {', '.join(_KEYS)}."
+            f"lora_drop.{unknown[0][:200]}: unknown setting; allowed: {', '.join(_KEYS)}."
         )
     _check_types(settings)
     if settings.get("untrained", False):
@@ -120,6 +121,10 @@ def _resolve_untrained(
     merged: Mapping[str, Any], settings: Mapping[str, Any], model: BaseModel
 ) -> LoRADropConfig:
     eligible = eligible_layers(model.num_hidden_layers)
+    if merged["r"] > model.hidden_size:
+        raise LoRADropConfigError(
+            f"lora_drop.r={merged['r']}: expected at most the model's width, {model.hidden_size}."
+        )
     layers = _drop_layers(settings, model, eligible, "eligible layers")
     if layers is None:
         layers = choose_layers(
@@ -145,7 +150,7 @@ def _resolve_adapter(settings: Mapping[str, Any], model: BaseModel) -> LoRADropC
     for key in _UNTRAINED_ONLY:
         if key in settings:
             raise LoRADropConfigError(
-                f"lora_drop.{key}={settings[key]!r}: the adapter decides it; leave it out."
+                f"lora_drop.{key}={shown(settings[key])}: the adapter decides it; leave it out."
             )
     folder = Path(settings["adapter"])
     adapter = read_config(folder)
@@ -217,7 +222,7 @@ def _drop_layers(
 
 def _check_types(settings: Mapping[str, Any]) -> None:
     def is_int(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_K
 
     def is_number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
@@ -228,7 +233,10 @@ def _check_types(settings: Mapping[str, Any]) -> None:
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
         "adapter": (lambda v: isinstance(v, str) and bool(v), "the path of an adapter folder"),
         "untrained": (lambda v: isinstance(v, bool), "true or false"),
-        "k": (lambda v: is_int(v) and v >= 0, "an integer, 0 or more (0 switches LoRA-Drop off)"),
+        "k": (
+            lambda v: is_int(v) and v >= 0,
+            f"an integer, 0 or more (0 switches LoRA-Drop off), at most {MAX_K}",
+        ),
         "rho": (
             lambda v: is_number(v) and 0 <= v <= 1,
             "0 <= rho <= 1, the fraction of eligible layers to drop; write 0.5 for 50 %",
@@ -243,4 +251,4 @@ def _check_types(settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         ok, allowed = checks[key]
         if not ok(value):
-            raise LoRADropConfigError(f"lora_drop.{key}={value!r}: expected {allowed}.")
+            raise LoRADropConfigError(f"lora_drop.{key}={shown(value)}: expected {allowed}.")

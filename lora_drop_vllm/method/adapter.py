@@ -21,16 +21,16 @@ from lora_drop_vllm.method.layers import (
     num_drop_layers,
 )
 from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
+from lora_drop_vllm.method.untrusted import AdapterError, file_in, read_json, shown
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "LORA_DROP"
 FORMAT = 1
+MAX_LAYERS = 10_000  # of a base model; lists of layers are built before anything is compared
+MAX_K = 2**31 - 1
+MAX_ALPHA = 1e30  # finite in fp32, whatever the rank
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class AdapterError(ValueError):
-    """An adapter folder that cannot be used; the message says what is wrong and the way out."""
 
 
 @dataclass(frozen=True)
@@ -109,31 +109,27 @@ def read_config(folder: Path) -> AdapterConfig:
     """Read and check `adapter_config.json`.
 
     Raises:
-        AdapterError: no such folder or file, not JSON, missing or unknown keys, values out of
-            range.
+        AdapterError: no such folder or file, a link out of the folder, not JSON, missing, unknown
+            or repeated keys, values out of range.
     """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
+    path = file_in(folder, CONFIG_FILE)
+    if path is None:
         raise AdapterError(
-            f"lora_drop.adapter={str(folder)!r}: expected a folder with {CONFIG_FILE} and "
+            f"lora_drop.adapter={shown(str(folder))}: expected a folder with {CONFIG_FILE} and "
             f"{TENSOR_FILE}; there is no {CONFIG_FILE} in it."
         )
-    try:
-        raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path}: not valid JSON ({error}).") from error
-    return _parse_config(path, raw)
+    return _parse_config(path, read_json(path))
 
 
 def load_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
     """Read and check `adapter_model.safetensors`; nothing but safetensors is ever opened.
 
     Raises:
-        AdapterError: no such file, not safetensors, missing or extra tensors, wrong shapes or
-            dtypes, values that are not finite.
+        AdapterError: no such file, a link out of the folder, not safetensors, missing or extra
+            tensors, wrong shapes or dtypes, values that are not finite.
     """
-    path = folder / TENSOR_FILE
-    if not path.is_file():
+    path = file_in(folder, TENSOR_FILE)
+    if path is None:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         found = f" (found {', '.join(others)}, which is never read)" if others else ""
         raise AdapterError(
@@ -159,8 +155,8 @@ def check_tensors(where: Path | str, config: AdapterConfig, tensors: Mapping[str
         )
     if extra := sorted(tensors.keys() - expected.keys()):
         raise AdapterError(
-            f"{where}: unexpected tensor {extra[0]!r} ({len(extra)} extra); expected exactly the "
-            f"tensors that {CONFIG_FILE} describes."
+            f"{where}: unexpected tensor {shown(extra[0])} ({len(extra)} extra); expected exactly "
+            f"the tensors that {CONFIG_FILE} describes."
         )
     for name, shape in expected.items():
         tensor = tensors[name]
@@ -185,7 +181,7 @@ def _parse_config(path: Path, raw: Any) -> AdapterConfig:
     _check_keys(path, "", raw, {f.name for f in fields(AdapterConfig)})
     base = raw.pop("base_model")
     if not isinstance(base, dict):
-        raise AdapterError(f"{path}: base_model={base!r}: expected an object.")
+        raise AdapterError(f"{path}: base_model={shown(base)}: expected an object.")
     _check_keys(path, "base_model.", base, {f.name for f in fields(BaseModel)})
     for key, kind in _BASE_TYPES.items():
         _check_type(path, f"base_model.{key}", base[key], kind)
@@ -219,32 +215,44 @@ def _check_keys(path: Path, prefix: str, raw: dict[str, Any], expected: set[str]
         raise AdapterError(f"{path}: missing key {prefix + missing[0]!r}.")
     if unknown := sorted(raw.keys() - expected):
         raise AdapterError(
-            f"{path}: unknown key {prefix + unknown[0]!r}; allowed: {', '.join(sorted(expected))}."
+            f"{path}: unknown key {shown(prefix + unknown[0])}; allowed: "
+            f"{', '.join(sorted(expected))}."
         )
 
 
 def _check_type(path: Path, key: str, value: Any, kind: Any) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise AdapterError(f"{path}: {key}={value!r}: expected {names}.")
+        raise AdapterError(f"{path}: {key}={shown(value)}: expected {names}.")
 
 
 def _check_values(path: Path, config: AdapterConfig) -> None:
     def require(ok: bool, key: str, allowed: str) -> None:
         if not ok:
-            raise AdapterError(f"{path}: {key}={getattr(config, key)!r}: expected {allowed}.")
+            value = shown(getattr(config, key))
+            raise AdapterError(f"{path}: {key}={value}: expected {allowed}.")
+
+    base = config.base_model
+    require(
+        1 <= base.num_hidden_layers <= MAX_LAYERS and base.hidden_size >= 1,
+        "base_model",
+        f"num_hidden_layers from 1 to {MAX_LAYERS} and a positive hidden_size",
+    )
 
     require(config.peft_type == PEFT_TYPE, "peft_type", repr(PEFT_TYPE))
     require(config.format == FORMAT, "format", f"{FORMAT}, the only format there is")
-    require(config.r >= 1, "r", "a rank of at least 1")
-    require(config.k >= 0, "k", "0 or more LoRA steps between two full steps")
+    require(1 <= config.r <= base.hidden_size, "r", "a rank from 1 to hidden_size")
+    require(abs(config.lora_alpha) <= MAX_ALPHA, "lora_alpha", "a finite number")
+    require(
+        0 <= config.k <= MAX_K, "k", f"0 or more LoRA steps between two full steps, at most {MAX_K}"
+    )
     require(0 <= config.rho <= 1, "rho", "0 <= rho <= 1, the share of eligible layers that drop")
     require(config.reuse in REUSE, "reuse", f"one of {', '.join(REUSE)}")
     require(config.kv in KV_MODES, "kv", f"one of {', '.join(KV_MODES)}")
     require(config.injection in SITES, "injection", f"one of {', '.join(SITES)}")
     require(config.head_layers == HEAD_LAYERS, "head_layers", str(HEAD_LAYERS))
     require(config.tail_layers == TAIL_LAYERS, "tail_layers", str(TAIL_LAYERS))
-    num_layers = config.base_model.num_hidden_layers
+    num_layers = base.num_hidden_layers
     allowed = eligible_layers(num_layers)
     require(
         all(type(i) is int for i in config.drop_layers)
