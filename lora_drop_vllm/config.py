@@ -34,6 +34,7 @@ class LoRADropConfig:
     Attributes:
         adapter: adapter folder, or None for B = 0 and g = 1 (`untrained`)
         rank, scale: r and alpha / r
+        request_k: whether a request may bring a k of its own
     """
 
     adapter: str | None
@@ -46,6 +47,7 @@ class LoRADropConfig:
     injection: str
     rank: int
     scale: float
+    request_k: bool = True
 
     @property
     def rho(self) -> float:
@@ -83,6 +85,7 @@ _KEYS = (
     "kv",
     "injection",
     "r",
+    "request_k",
 )
 _UNTRAINED_ONLY = ("injection", "r")
 _UNTRAINED = {"k": 3, "rho": 0.5, "reuse": "update", "kv": "skip", "injection": "block", "r": 16}
@@ -143,6 +146,7 @@ def _resolve_untrained(
         injection=merged["injection"],
         rank=merged["r"],
         scale=1.0,
+        request_k=settings.get("request_k", True),
     )
 
 
@@ -178,6 +182,7 @@ def _resolve_adapter(settings: Mapping[str, Any], model: BaseModel) -> LoRADropC
         injection=adapter.injection,
         rank=adapter.r,
         scale=adapter.scale,
+        request_k=settings.get("request_k", True),
     )
 
 
@@ -247,6 +252,10 @@ def _check_types(settings: Mapping[str, Any]) -> None:
         "kv": (lambda v: v in KV_MODES, f"one of {', '.join(KV_MODES)}"),
         "injection": (lambda v: isinstance(v, str) and v in SITES, f"one of {', '.join(SITES)}"),
         "r": (lambda v: is_int(v) and v >= 1, "a rank of at least 1"),
+        "request_k": (
+            lambda v: isinstance(v, bool),
+            "true or false (whether a request may lower its own k by lora_drop_k)",
+        ),
     }
     for key, value in settings.items():
         ok, allowed = checks[key]

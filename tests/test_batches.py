@@ -191,14 +191,19 @@ def test_parallel_samples_each_follow_the_cycle(
     check_all_released(engine)
 
 
-def test_aborted_requests_give_everything_back(
+def test_aborted_and_refused_requests_give_everything_back(
     serve: Serve, models: dict[str, Path], adapter: Any
 ) -> None:
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     _, _, settings = adapter
-    engine = serve(models["llama"], settings)
+    engine = serve(models["llama"], settings | {"request_k": False})
     core = engine.llm.llm_engine
+    for k in (0, 3):  # not even the served one
+        with pytest.raises(VLLMValidationError, match=r"lora_drop\.request_k=false"):
+            params = SamplingParams(extra_args={"lora_drop_k": k})
+            core.add_request("own", {"prompt_token_ids": prompt_of(9)}, params)
     for n in range(3):
         core.add_request(
             f"r{n}", {"prompt_token_ids": prompt_of(10 + n)}, SamplingParams(max_tokens=50)

@@ -57,6 +57,7 @@ BAD_SETTINGS = [
     (UNTRAINED | {"reuse": "last"}, r"lora_drop\.reuse='last': expected one of previous"),
     (UNTRAINED | {"kv": "drop"}, r"lora_drop\.kv='drop': expected one of skip, write"),
     (UNTRAINED | {"layers": "best"}, r"lora_drop\.layers='best': expected one of contiguous"),
+    (UNTRAINED | {"request_k": "no"}, r"lora_drop\.request_k='no': expected true or false"),
     (UNTRAINED | {"drop_layers": [2]}, r"layer 2 cannot drop; of 8 layers the first 3 and the la"),
     (UNTRAINED | {"drop_layers": [7]}, r"layer 7 cannot drop"),
     (UNTRAINED | {"drop_layers": [40]}, r"layer 40 cannot drop"),

@@ -1,7 +1,7 @@
 """Per-request k: `"vllm_xargs": {"lora_drop_k": N}`, checked before the request is queued.
 
 Patches `InputProcessor._validate_params`. Reason: it is where vLLM turns bad request parameters
-into an HTTP 400 for the server and a ValueError for the Python API alike; its plugin point for
+into an HTTP 400 for the server and an error of the Python API alike; its plugin point for
 extra arguments is a logits processor, which would slow every step down. Removal condition: vLLM
 lets a plugin validate `extra_args` without one.
 """
@@ -12,20 +12,30 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
+from lora_drop_vllm.method.untrusted import shown
+
 ARGUMENT = "lora_drop_k"
 
 
-def request_k(extra_args: Mapping[str, Any] | None, served_k: int) -> int:
+def request_k(extra_args: Mapping[str, Any] | None, served_k: int, allowed: bool = True) -> int:
     """The k of one request: its `lora_drop_k`, or else the served k.
 
+    Args:
+        allowed: the setting `request_k`, whether a request may bring a k at all
+
     Raises:
-        ValueError: not an integer from 0 to the served k.
+        ValueError: not an integer from 0 to the served k, or not allowed.
     """
     value = (extra_args or {}).get(ARGUMENT, served_k)
+    if not allowed and ARGUMENT in (extra_args or {}):
+        raise ValueError(
+            f"vllm_xargs.{ARGUMENT}={shown(value)}: this server was started with "
+            "lora_drop.request_k=false, k is the same for all requests; leave it out."
+        )
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= served_k:
         raise ValueError(
-            f"vllm_xargs.{ARGUMENT}={value!r}: expected an integer from 0 (every step runs all "
-            f"layers) to {served_k}, the k this server was started with."
+            f"vllm_xargs.{ARGUMENT}={shown(value)}: expected an integer from 0 (every step runs "
+            f"all layers) to {served_k}, the k this server was started with."
         )
     return value
 
@@ -45,9 +55,9 @@ def install() -> None:
     @wraps(original)
     def validate(self: InputProcessor, params: Any, supported_tasks: Any) -> bool | None:
         if self.model_config.model_impl == MODEL_IMPL and isinstance(params, SamplingParams):
-            served_k = self.vllm_config.additional_config[SETTINGS]["k"]
+            served = self.vllm_config.additional_config[SETTINGS]
             try:
-                request_k(params.extra_args, served_k)
+                request_k(params.extra_args, served["k"], served["request_k"])
             except ValueError as error:
                 raise VLLMValidationError(str(error), parameter=ARGUMENT) from error
         return original(self, params, supported_tasks)
