@@ -29,11 +29,13 @@ test-matrix: install
 	$(PYTEST) --matrix -m matrix
 	$(V2) $(PYTEST) --matrix -m "matrix and runners"
 
-# random lives of the scheduler: 100 times what `make test` runs; another FIRST_SEED, other lives
+# random lives of the scheduler, random workloads through the engine: 100 times what `make test` runs;
+# another FIRST_SEED, others
 EFFORT ?= 100
 FIRST_SEED ?= 0
 soak: install
-	$(BIN)/pytest --effort $(EFFORT) --first-seed $(FIRST_SEED) tests/test_scheduler_model.py
+	$(BIN)/pytest --effort $(EFFORT) --first-seed $(FIRST_SEED) tests/test_scheduler_model.py \
+		tests/test_random_workloads.py
 
 # 100,000 adapters and settings, most of them broken
 fuzz: install
