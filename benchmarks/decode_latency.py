@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import record
 from engines import SHAPES, Engine, make_shape
 from tqdm import tqdm
@@ -101,7 +102,11 @@ def measure(
 
 
 def metrics_of(rounds: Times, layers: int, drop: list[int], k: int) -> dict[str, Any]:
-    """Ratios of a measurement, its ideal, and the milliseconds behind them."""
+    """Ratios of a measurement, its ideal, and the milliseconds behind them.
+
+    Without the variant `fewer_layers` nobody knows what a layer costs, and what follows from it is
+    left out.
+    """
     typical = {
         name: [statistics.median(t) for t in times]
         for name, times in rounds.items()
@@ -112,31 +117,49 @@ def metrics_of(rounds: Times, layers: int, drop: list[int], k: int) -> dict[str,
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(typical[a], typical[b], strict=True))
 
+    speed = ratio("stock", "lora_drop")
+    by_kind = split_by_kind(rounds["lora_drop"], k)
+    lora = statistics.median(by_kind["lora"])
+    found = {
+        "speed_up": round(speed, 3),
+        "k0_over_stock": round(ratio("k0", "stock"), 3),
+        "lora_step_ms": round(lora, 3),
+        "full_step_ms": round(statistics.median(by_kind["full"]), 3),
+        "ms_per_token": {name: round(statistics.median(t), 3) for name, t in typical.items()},
+    } | percentiles(rounds)
+    if "fewer_layers" not in typical:
+        return found
     step = statistics.median(typical["stock"])
-    fewer = layers // 2
-    layer = (step - statistics.median(typical["fewer_layers"])) / (layers - fewer)
+    layer = (step - statistics.median(typical["fewer_layers"])) / (layers - layers // 2)
     rest = step - layers * layer
     ideal = ideal_speed([layer] * layers, drop, k, rest)
-    speed = ratio("stock", "lora_drop")
-    steps = [t for times in rounds["lora_drop"] for t in enumerate(times)]
-    lora = statistics.median(t for n, t in steps if n % (k + 1) < k)
-    everything = {name: [t for times in runs for t in times] for name, runs in rounds.items()}
-    return {
-        "speed_up": round(speed, 3),
+    return found | {
         "ideal_speed_up": round(ideal, 3),
         "share_of_ideal": round(speed / ideal, 3),
-        "k0_over_stock": round(ratio("k0", "stock"), 3),
         "layer_ms": round(layer, 3),
         "rest_ms": round(rest, 3),
-        "lora_step_ms": round(lora, 3),
-        "full_step_ms": round(statistics.median(t for n, t in steps if n % (k + 1) == k), 3),
         "lora_step_over_ideal": round(lora / (step - len(drop) * layer), 3),
-        "ms_per_token": {name: round(statistics.median(t), 3) for name, t in typical.items()},
-        "p50_ms": {name: round(statistics.median(t), 3) for name, t in everything.items()},
-        "p95_ms": {
-            name: round(statistics.quantiles(t, n=20)[-1], 3) for name, t in everything.items()
-        },
     }
+
+
+def split_by_kind(rounds: list[list[float]], k: int) -> dict[str, list[float]]:
+    """The steps behind the prompt by kind: k LoRA steps, a full step, and so on."""
+    steps = [step for times in rounds for step in enumerate(times)]
+    return {
+        "lora": [t for n, t in steps if n % (k + 1) < k],
+        "full": [t for n, t in steps if n % (k + 1) == k],
+    }
+
+
+def percentiles(rounds: Times) -> dict[str, dict[str, float]]:
+    """p50, p95, p99 and mean of every variant's steps."""
+    found: dict[str, dict[str, float]] = {f"{p}_ms": {} for p in ("p50", "p95", "p99", "mean")}
+    for name, runs in rounds.items():
+        times = [t for run in runs for t in run]
+        for percent in (50, 95, 99):
+            found[f"p{percent}_ms"][name] = round(float(np.percentile(times, percent)), 3)
+        found["mean_ms"][name] = round(statistics.fmean(times), 3)
+    return found
 
 
 def _cycle_median(times: list[float], period: int) -> float:

@@ -69,7 +69,7 @@ def make_shape(folder: Path, name: str, num_layers: int | None = None) -> Path:
     qwen = name.startswith("qwen")
     config = (Qwen2Config if qwen else LlamaConfig)(
         architectures=["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"],
-        max_position_embeddings=4096,
+        max_position_embeddings=8192,
         dtype="bfloat16",
         **shape,
     )
@@ -129,7 +129,21 @@ class Engine:
             got a token; `lora_steps`: how many of the engine's steps were LoRA steps;
             `gpu_bytes`: the most GPU memory the engine has held so far, 0 on a CPU.
         """
-        self.pipe.send((batch, prompt, tokens, k))
+        return self._ask(_decode, batch, prompt, tokens, k)
+
+    def fill(
+        self, batch: int, prompt: int, tokens: int, stop_at_preemption: bool = False
+    ) -> dict[str, Any]:
+        """Run `batch` requests that come at once to their end, or to the first preemption.
+
+        Returns:
+            `seconds`; `preemptions`; `lora_steps`; `blocks` of the KV pool, and `most_blocks`
+            that were held at once.
+        """
+        return self._ask(_fill, batch, prompt, tokens, stop_at_preemption)
+
+    def _ask(self, *what: Any) -> dict[str, Any]:
+        self.pipe.send(what)
         found: dict[str, Any] = self.pipe.recv()
         return found
 
@@ -155,26 +169,58 @@ def _serve(pipe: Any, model: str, arguments: dict[str, Any]) -> None:
     ).llm_engine
     pipe.send("ready")
     while (asked := pipe.recv()) is not None:
-        found = _decode(engine, *asked)
+        measure, *sizes = asked
+        found = measure(engine, *sizes)
         held = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
         pipe.send(found | {"gpu_bytes": held})
 
 
-def _decode(engine: Any, batch: int, prompt: int, tokens: int, k: int | None) -> dict[str, Any]:
+def _add(engine: Any, batch: int, prompt: int, tokens: int, k: int | None = None) -> None:
     from vllm import SamplingParams
 
-    tracker = getattr(engine.engine_core.engine_core.scheduler, "tracker", None)
-    before = tracker.totals.lora_steps if tracker else 0
     extra = None if k is None else {"lora_drop_k": k}
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
     for n in range(batch):
         ids = [7 + (n + j) % 500 for j in range(prompt)]
         engine.add_request(str(n), {"prompt_token_ids": ids}, params)
+
+
+def _lora_steps(scheduler: Any) -> int:
+    tracker = getattr(scheduler, "tracker", None)
+    return tracker.totals.lora_steps if tracker else 0
+
+
+def _decode(engine: Any, batch: int, prompt: int, tokens: int, k: int | None) -> dict[str, Any]:
+    scheduler = engine.engine_core.engine_core.scheduler
+    before = _lora_steps(scheduler)
+    _add(engine, batch, prompt, tokens, k)
     times, produced = [], []
     while engine.has_unfinished_requests():
         start = time.perf_counter()
         produced.append(len(engine.step()))
         times.append(1000 * (time.perf_counter() - start))
     together = [t for t, count in zip(times, produced, strict=True) if count == batch]
-    lora_steps = tracker.totals.lora_steps - before if tracker else 0
-    return {"times": together[1:], "lora_steps": lora_steps}
+    return {"times": together[1:], "lora_steps": _lora_steps(scheduler) - before}
+
+
+def _fill(engine: Any, batch: int, prompt: int, tokens: int, stop: bool) -> dict[str, Any]:
+    scheduler = engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    free = least = pool.get_num_free_blocks()
+    before = _lora_steps(scheduler)
+    _add(engine, batch, prompt, tokens)
+    preempted: dict[str, int] = {}  # by request: how often
+    start = time.perf_counter()
+    while engine.has_unfinished_requests():
+        engine.step()
+        least = min(least, pool.get_num_free_blocks())
+        preempted |= {n: r.num_preemptions for n, r in scheduler.requests.items()}
+        if stop and any(preempted.values()):
+            engine.abort_request([str(n) for n in range(batch)])
+    return {
+        "seconds": time.perf_counter() - start,
+        "preemptions": sum(preempted.values()),
+        "lora_steps": _lora_steps(scheduler) - before,
+        "blocks": free,
+        "most_blocks": free - least,
+    }

@@ -15,26 +15,34 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import tables
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "vllm", "lora_drop_vllm")
 
 
-def write(name: str, settings: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+def write(
+    name: str, settings: dict[str, Any], metrics: dict[str, Any], failed: str | None = None
+) -> dict[str, Any]:
     """Append a record to `results/<machine>.jsonl` and return it.
 
     Args:
         name: of the benchmark
         settings: what was run
         metrics: what came out, baseline included
+        failed: why the run gives no figure
     """
     record = {
         "benchmark": name,
         "settings": settings,
-        "metrics": metrics,
+        **({"failed": failed} if failed else {"metrics": metrics}),
         "machine": machine(),
         "versions": {p: _version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        # records of the same session are no change of what is measured
+        "dirty": bool(
+            _git("status", "--porcelain", "-uno", ":/", ":(top,exclude)benchmarks/results")
+        ),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -81,52 +89,23 @@ BEGIN, END = "<!-- rendered by benchmarks/record.py -->", "<!-- end -->"
 README = Path(__file__).parent.parent / "README.md"
 
 
-def newest(name: str) -> list[dict[str, Any]]:
-    """The newest record of a benchmark for each of its settings."""
+def newest() -> list[dict[str, Any]]:
+    """The newest record of every benchmark for each of its settings; runs that failed are none."""
     found: dict[str, dict[str, Any]] = {}
     for file in sorted(RESULTS.glob("*.jsonl")):
         for line in file.read_text().splitlines():
             record = json.loads(line)
-            if record["benchmark"] == name:
-                found[json.dumps(record["settings"], sort_keys=True)] = record
+            if "failed" not in record:
+                key = [file.name, record["benchmark"], record["settings"]]
+                found[json.dumps(key, sort_keys=True)] = record
     return list(found.values())
-
-
-def render() -> str:
-    """The README's tables."""
-    lines = [
-        "| decoding | batch | ρ, k | speed-up | ideal | share of ideal | k = 0 against stock | "
-        "machine |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in newest("decode_latency"):
-        s, m = r["settings"], r["metrics"]
-        lines.append(
-            f"| {s['model']} shape, {'compiled' if s['compile'] else 'eager'} | {s['batch']} | "
-            f"{s['rho']}, {s['k']} | {m['speed_up']:.2f}x | {m['ideal_speed_up']:.2f}x | "
-            f"{m['share_of_ideal']:.2f} | {m['k0_over_stock']:.2f} | {_machine_name(r)} |"
-        )
-    lines += ["", "| KV at the pool | ρ, k | prompt + generated | saved | Eq. 15 |"]
-    lines += ["| --- | --- | --- | --- | --- |"]
-    for r in newest("kv_saving"):
-        s, m = r["settings"], r["metrics"]
-        lines.append(
-            f"| {s['model']} shape | {s['rho']}, {s['k']} | {s['prompt']} + {s['tokens']} | "
-            f"{m['saved']:.1%} | {m['equation_15']:.1%} |"
-        )
-    return "\n".join(lines)
-
-
-def _machine_name(record: dict[str, Any]) -> str:
-    found = record["machine"]
-    return found.get("gpu") or f"{found['cores']} cores of {found['cpu']}"
 
 
 def rendered_readme() -> str:
     """The README with its tables as the records have them."""
     text = README.read_text()
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{render()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{tables.of(newest())}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":

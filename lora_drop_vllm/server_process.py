@@ -68,7 +68,14 @@ class Endpoint:
 class Server(Endpoint):
     """Context manager around one server process; `log` is the file with all it printed."""
 
-    def __init__(self, model: Path, arguments: list[str], port: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        arguments: list[str],
+        port: int | None = None,
+        start_seconds: int = START_SECONDS,
+    ) -> None:
+        self._start_seconds = start_seconds
         self.port = port or _free_port()
         super().__init__(f"http://127.0.0.1:{self.port}", "model")
         self.log = Path(tempfile.mkstemp(prefix="lora_drop_server_", suffix=".log")[1])
@@ -116,7 +123,7 @@ class Server(Endpoint):
         process.wait()
 
     def _wait_until_healthy(self, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self._start_seconds
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
@@ -125,7 +132,7 @@ class Server(Endpoint):
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
             time.sleep(0.5)
-        raise RuntimeError(f"the server was not up after {START_SECONDS} s; log: {self.log}")
+        raise RuntimeError(f"the server was not up after {self._start_seconds} s; log: {self.log}")
 
 
 def _free_port() -> int:

@@ -11,8 +11,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import capacity
 import decode_latency
 import gpu_session
+import peers
+import step_breakdown
+import tables
+from serve_figures import Block
+from servers import Subject
+from step_breakdown import Span
+from stream_client import Answer
 
 
 def test_known_step_times_give_the_known_ratios() -> None:
@@ -54,6 +62,59 @@ def test_a_run_without_lora_steps_gives_no_figure() -> None:
     assert set(rounds) == {"stock", "lora_drop"}
     with pytest.raises(RuntimeError, match="0 LoRA steps instead of 30"):
         decode_latency.measure(Engines(0.0), given, 1, 3)
+
+
+@pytest.mark.parametrize("guess", [1, 4, 7, 9], ids=lambda n: f"from {n}")
+def test_the_most_that_fit_are_found_from_any_guess(guess: int) -> None:
+    assert capacity.most_that_fit(lambda count: count <= 7, guess) == 7
+
+
+def test_parts_of_a_step_are_its_time_without_what_they_contain() -> None:
+    """A step of 10 ms: 2 of scheduler, 6 of layers of which 1 fills states; one call outside."""
+    spans = [
+        Span("scheduler", 0.5, 0.9),
+        Span(step_breakdown.STEP, 1.0, 11.0),
+        Span("scheduler", 1.0, 3.0),
+        Span(step_breakdown.DROP, 4.0, 10.0),
+        Span(step_breakdown.SAVING, 9.0, 10.0),
+        Span(step_breakdown.STEP, 11.0, 12.0),
+    ]
+    first, second = step_breakdown.own_times(spans)
+    assert {part: t for part, t in first.items() if t} == {
+        "scheduler": 2.0,
+        step_breakdown.DROP: 5.0,
+        step_breakdown.SAVING: 1.0,
+        step_breakdown.STEP: 2.0,
+    }
+    assert sum(second.values()) == 1.0
+    beyond = step_breakdown.gap(second, first)  # what D costs is all gap, other parts by difference
+    assert beyond["scheduler"] == -2.0 and beyond[step_breakdown.DROP] == 0.0
+
+
+def answer(ms: float, tokens: list[int]) -> Block:
+    stamps = tuple(1 + n * ms / 1000 for n in range(len(tokens)))
+    return Block([Answer(0.0, stamps, tuple(tokens), len(tokens))], None)
+
+
+def test_peers_stand_beside_their_quality(tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "num_hidden_layers": 12, "hidden_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    subject = Subject("model", tmp_path, False, None)
+    config = subject.resolved({"untrained": True, "reuse": "none", "layers": "uniform"})
+    assert peers.offline_adapter(subject, config).config.drop_layers == [4, 6, 8, 10]
+    blocks = {"stock": [answer(40, [1, 2, 3, 4])], "lora_drop": [answer(32, [1, 2, 9, 9])]}
+    blocks |= {"skipping": [answer(30, [9, 9, 9, 9])], "ngram": [answer(20, [1, 2, 3, 5])]}
+    quality = {"lora_drop": {"kl": 0.2, "agreement": 0.8}}
+    quality["skipping"] = {"kl": 2.0, "agreement": 0.1}
+    found = peers.rows(blocks, quality, config)
+    assert [peer.get("speed_up") for peer in found] == [1.0, 1.25, 1.333, 2.0, None]
+    assert [peer.get("kl") for peer in found] == [0.0, 0.2, 2.0, 0.0, None]
+    assert found[3]["tokens_as_stock"] == 0.75
+    settings = {"model": "m", "adapter": None, "compile": False, "concurrency": 1}
+    settings |= {"context": 8, "tokens": 4}
+    written = {"benchmark": "peers", "settings": settings, "metrics": {"peers": found}}
+    table = tables.of([written | {"machine": {"cpu": "c", "cores": 2}}]).splitlines()
+    assert len(table) == 7 and len({line.count("|") for line in table}) == 1
 
 
 def test_a_gpu_session_goes_on_where_the_last_one_ended(

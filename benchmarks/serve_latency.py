@@ -1,0 +1,213 @@
+"""Token latency, throughput and KV of a served model: stock vLLM, k = 0 and LoRA-Drop in turn.
+
+Starts `vllm serve` for each of them, all alive at once, and streams from one after the other in
+blocks: the machine's drift then hits all alike. Every token is stamped where it arrives. What a
+LoRA step costs at best (the ideal) comes from a further server with half of the layers. Counts at
+/metrics must show the LoRA steps that were to run; otherwise the run is recorded as failed.
+
+    python benchmarks/serve_latency.py
+    python benchmarks/serve_latency.py --model 1b --concurrency 1 4 16 --context 128 1024
+    python benchmarks/serve_latency.py --model DIR --adapter DIR --compile --plots DIR
+    python benchmarks/serve_latency.py --grid --model qwen2.5-7b --compile --plots DIR
+    python benchmarks/serve_latency.py --peers --vllm-bench
+    python benchmarks/serve_latency.py --model DIR --adapter DIR --url URL --stock-url URL
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peers
+import plots
+import record
+import tables
+import vllm_bench
+from engines import SHAPES
+from serve_blocks import Variant, kv_metrics, measure, random_prompts
+from serve_figures import figures
+from servers import DEMO, Subject, fewer_layers_flags, lora_drop_flags, open_subject, server
+from stream_client import RunFailedError
+
+from lora_drop_vllm.config import LoRADropConfig
+from lora_drop_vllm.method.cost import kv_saving
+
+GRID_RHO, GRID_K = [0.25, 0.5, 0.75], [1, 2, 3, 5]  # the paper's Tables III and IV
+
+
+@contextlib.contextmanager
+def started(subject: Subject, given: argparse.Namespace, *flags: str) -> Iterator[Variant]:
+    """A server of its own."""
+    print(f"Starting vllm serve: {subject.name} {' '.join(flags)}", flush=True)
+    with server(subject, given, *flags) as running:
+        yield Variant(running.url, running.name)
+
+
+@contextlib.contextmanager
+def baselines(subject: Subject, given: argparse.Namespace) -> Iterator[dict[str, Variant]]:
+    """Stock vLLM, and stock vLLM with half of the layers."""
+    if given.url:
+        urls = {"stock": given.stock_url, "fewer_layers": given.fewer_layers_url}
+        yield {name: Variant.at(url) for name, url in urls.items() if url}
+        return
+    with started(subject, given) as stock:
+        with started(subject, given, *fewer_layers_flags(subject)) as fewer:
+            yield {"stock": stock, "fewer_layers": fewer}
+
+
+@contextlib.contextmanager
+def lora_drop_server(
+    subject: Subject, given: argparse.Namespace, settings: dict[str, Any]
+) -> Iterator[Variant]:
+    """LoRA-Drop under these settings."""
+    if given.url:
+        yield Variant.at(given.url)
+        return
+    with started(subject, given, *lora_drop_flags(settings)) as running:
+        yield running
+
+
+def settings_of(
+    subject: Subject, given: argparse.Namespace, config: LoRADropConfig, k: int
+) -> dict[str, Any]:
+    """What a record says was run."""
+    names = ("tokens", "rounds", "kv_tokens", "compile")
+    return {
+        "model": subject.name,
+        "adapter": Path(subject.adapter).name if subject.adapter else None,
+        "rho": round(config.rho, 4),
+        "drop_layers": list(config.drop_layers),
+        "reuse": config.reuse,
+        "kv": config.kv,
+        "k": k,
+    } | {name: getattr(given, name) for name in names}
+
+
+def run_rho(
+    subject: Subject, given: argparse.Namespace, base: dict[str, Variant], rho: float | None
+) -> list[dict[str, Any]]:
+    """All that is asked for of one drop ratio; returns the records."""
+    config = subject.resolved(subject.settings(rho, max(given.k) if given.k else None))
+    served = subject.settings(rho, config.k)
+    records = []
+    with lora_drop_server(subject, given, served) as ours:
+        sizes = itertools.product(given.context, given.concurrency, given.k or [config.k])
+        for context, requests, k in sizes:
+            variants = base | {"k0": replace(ours, k=0), "lora_drop": replace(ours, k=k)}
+            settings = settings_of(subject, given, config, k)
+            settings |= {"context": context, "concurrency": requests}
+            try:
+                metrics = run_setting(subject, given, variants, settings)
+                if given.vllm_bench:
+                    metrics["vllm_bench"] = vllm_bench.compare(
+                        subject, given, variants, served | {"k": k}, settings
+                    )
+                records.append(record.write("serve_latency", settings, metrics))
+            except RunFailedError as error:
+                print(f"FAILED: {error}", file=sys.stderr)
+                records.append(record.write("serve_latency", settings, {}, str(error)))
+    return records
+
+
+def run_setting(
+    subject: Subject,
+    given: argparse.Namespace,
+    variants: dict[str, Variant],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """The metrics of one record.
+
+    Raises:
+        RunFailedError: the drop path did not run as it should have.
+    """
+    context, requests, k = (settings[name] for name in ("context", "concurrency", "k"))
+    drop, layers = settings["drop_layers"], subject.num_layers
+    blocks = measure(
+        variants,
+        random_prompts(subject.config["vocab_size"]),
+        requests=requests,
+        context=context,
+        tokens=given.tokens,
+        rounds=given.rounds,
+    )
+    metrics = figures(blocks, layers, drop, k)
+    if requests == 1 and given.kv_tokens and settings["kv"] == "skip":
+        pair = variants["stock"], variants["lora_drop"]
+        formula = kv_saving(layers, len(drop), k)
+        metrics |= kv_metrics(*pair, context, given.kv_tokens, formula)
+    return metrics
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    import torch
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default=DEMO, help="folder, shape with dummy weights, or demo (default)")
+    add("--adapter", help="its folder; without one B = 0 and g = 1 (demo has one)")
+    add("--rho", type=float, nargs="+", help="drop ratios; the adapter's or 0.5 by default")
+    add("--k", type=int, nargs="+", help="the adapter's or 3 by default")
+    add("--grid", action="store_true", help=f"rho {GRID_RHO} by k {GRID_K}")
+    add("--concurrency", type=int, nargs="+", default=[1, 4], help="requests at once")
+    add("--context", type=int, nargs="+", default=[128], help="prompt tokens")
+    add("--tokens", type=int, default=49, help="generated by a request of a block")
+    add("--kv-tokens", type=int, default=512, help="of the request whose KV is read; 0: none")
+    add("--rounds", type=int, default=5, help="blocks of each variant, besides one to warm up")
+    add("--url", help="a running LoRA-Drop server; then nothing is started")
+    add("--stock-url", help="beside it: stock vLLM with the same model and flags")
+    add("--fewer-layers-url", help="the same with half of the layers, for the ideal")
+    add("--peers", action="store_true", help="Unified Layer Skipping and n-gram speculation too")
+    add("--text", type=Path, help="of the peers' prompts and quality (Python's manual)")
+    add("--vllm-bench", action="store_true", help="vllm bench serve and latency beside ours")
+    add("--plots", type=Path, help="folder for figures (needs matplotlib)")
+    compiled = torch.cuda.is_available()
+    add("--compile", action=argparse.BooleanOptionalAction, default=compiled, help="not eager")
+    given = parser.parse_args(argv)
+    if bool(given.url) != bool(given.stock_url):
+        parser.error("--url and --stock-url: give both, the baseline is part of every figure")
+    if given.url and (given.peers or len(given.rho or []) > 1 or given.grid):
+        parser.error("--url: a running server has one rho; leave out --grid, --peers, more --rho")
+    if given.grid:
+        given.rho, given.k = given.rho or GRID_RHO, given.k or GRID_K
+    if given.peers and given.model in SHAPES:
+        parser.error(
+            "--peers: needs real weights: quality stands beside speed, and n-gram speculation "
+            "lives from real text; give --model demo or a folder"
+        )
+    if given.plots:
+        plots.require_matplotlib()
+        given.plots.mkdir(parents=True, exist_ok=True)
+    return given
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, record, print tables, draw; returns 1 if a run failed."""
+    given = parse(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        subject = open_subject(given.model, given.adapter, Path(scratch))
+        records = []
+        with baselines(subject, given) as base:
+            for rho in given.rho or [None]:
+                records += run_rho(subject, given, base, rho)
+            if given.peers:
+                records += peers.run(subject, given, base["stock"], started)
+    good = [r for r in records if not r.get("failed")]
+    print(tables.of(good))
+    if given.plots:
+        for path in plots.draw(good, given.plots):
+            print(path)
+    return int(len(good) < len(records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Markdown tables of records: what a benchmark prints when it ends, and the README's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def of(records: Sequence[Record]) -> str:
+    """A table for each benchmark among the records, none of which failed."""
+    found = []
+    for benchmark, (header, rows) in TABLES.items():
+        lines = [row for r in records if r["benchmark"] == benchmark for row in rows(r)]
+        if lines:
+            names = header.split("|")
+            found.append("\n".join(_line(cells) for cells in (names, ["---"] * len(names), *lines)))
+    return "\n\n".join(found)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.strip() for cell in cells)} |"
+
+
+def decode_latency(r: Record) -> list[list[str]]:
+    """The engine's own step times."""
+    s, m = r["settings"], r["metrics"]
+    compiled = "compiled" if s["compile"] else "eager"
+    ratios = [_times(m["speed_up"]), _times(m["ideal_speed_up"]), f"{m['share_of_ideal']:.2f}"]
+    setting = [f"{s['model']} shape, {compiled}", str(s["batch"]), f"{s['rho']}, {s['k']}"]
+    return [[*setting, *ratios, f"{m['k0_over_stock']:.2f}", machine_name(r)]]
+
+
+def kv_saving(r: Record) -> list[list[str]]:
+    """Blocks counted at the pool."""
+    s, m = r["settings"], r["metrics"]
+    lengths = f"{s['prompt']} + {s['tokens']}"
+    setting = [f"{s['model']} shape", f"{s['rho']}, {s['k']}", lengths]
+    return [[*setting, f"{m['saved']:.1%}", f"{m['equation_15']:.1%}"]]
+
+
+def serve_latency(r: Record) -> list[list[str]]:
+    """A served model, seen by its clients; two numbers in a cell are stock vLLM and LoRA-Drop."""
+    s, m = r["settings"], r["metrics"]
+
+    def pair(values: dict[str, float], digits: int = 1) -> str:
+        return f"{values['stock']:.{digits}f} → {values['lora_drop']:.{digits}f}"
+
+    first = {name: times["p50"] for name, times in m["ttft_ms"].items()}
+    ideal = m.get("ideal_speed_up")
+    saved = "" if "kv_saved" not in m else f"{m['kv_saved']:.1%} ({m['kv_saved_ideal']:.1%})"
+    return [
+        [
+            _served(s),
+            f"{s['concurrency']} × {s['context']} + {s['tokens']}",
+            f"{s['rho']:.2g}, {s['k']}",
+            *(pair(m[name]) for name in ("p50_ms", "p95_ms", "p99_ms")),
+            pair(first, 0),
+            pair(m["tokens_per_s"]),
+            _times(m["speed_up"]),
+            "" if ideal is None else f"{ideal:.2f}x, {m['share_of_ideal']:.2f}",
+            f"{m['k0_over_stock']:.2f}",
+            saved,
+            machine_name(r),
+        ]
+    ]
+
+
+def peers(r: Record) -> list[list[str]]:
+    """What else one could serve the same model with, in the same session."""
+    s = r["settings"]
+    size = f"{s['concurrency']} × {s['context']} + {s['tokens']}"
+    return [
+        [
+            _served(s),
+            size,
+            peer["what"],
+            *([f"{peer['ms_per_token']:.1f}", _times(peer["speed_up"])]),
+            f"{peer['kl']:.3f}",
+            f"{peer['agreement']:.3f}",
+            machine_name(r),
+        ]
+        if "ms_per_token" in peer
+        else [_served(s), size, peer["what"], "", "", "", "", peer["why_not"]]
+        for peer in r["metrics"]["peers"]
+    ]
+
+
+def capacity(r: Record) -> list[list[str]]:
+    """Requests that a fixed pool holds."""
+    s, m = r["settings"], r["metrics"]
+    stock, ours = m["stock"], m["lora_drop"]
+    return [
+        [
+            f"{s['model']} shape",
+            f"{s['rho']}, {s['k']}",
+            f"{s['prompt']} + {s['tokens']}",
+            f"{s['pool_mb']} MB",
+            f"{stock['fit']} → {ours['fit']}",
+            f"{m['offered']}: {stock['tokens_per_s']:.1f} → {ours['tokens_per_s']:.1f}",
+            f"{stock['preemptions']} → {ours['preemptions']}",
+            machine_name(r),
+        ]
+    ]
+
+
+def step_breakdown(r: Record) -> list[list[str]]:
+    """Where a step's time goes, milliseconds."""
+    s, m = r["settings"], r["metrics"]
+    columns = [m[name] for name in ("stock", "full", "lora", "gap")]
+    totals = [sum(column.values()) for column in columns]
+    model = f"{s['model']} shape, batch {s['batch']}"
+    rows = [[model, part, *(f"{c[part]:.2f}" for c in columns)] for part in m["stock"]]
+    return [*rows, [model, "sum", *(f"{total:.2f}" for total in totals)]]
+
+
+def _served(settings: Record) -> str:
+    weights = f", adapter {settings['adapter']}" if settings["adapter"] else ", untrained"
+    return f"{settings['model']}{weights}, {'compiled' if settings['compile'] else 'eager'}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
+def machine_name(r: Record) -> str:
+    """The machine of a record in a word."""
+    found = r["machine"]
+    return found.get("gpu") or f"{found['cores']} cores of {found['cpu']}"
+
+
+TABLES: dict[str, tuple[str, Callable[[Record], list[list[str]]]]] = {
+    "decode_latency": (
+        "decoding | batch | ρ, k | speed-up | ideal | share of ideal | k = 0 against stock | "
+        "machine",
+        decode_latency,
+    ),
+    "kv_saving": ("KV at the pool | ρ, k | prompt + generated | saved | Eq. 15", kv_saving),
+    "serve_latency": (
+        "served, stock → LoRA-Drop | requests × prompt + generated | ρ, k | p50 ms | p95 ms | "
+        "p99 ms | first token ms | tokens/s | speed-up | ideal, share of it | k = 0 against stock "
+        "| KV saved (Eq. 15) | machine",
+        serve_latency,
+    ),
+    "peers": (
+        "peers | requests × prompt + generated | | ms per token | speed-up | KL to base | "
+        "same best token | machine",
+        peers,
+    ),
+    "capacity": (
+        "capacity, stock → LoRA-Drop | ρ, k | prompt + generated | KV pool | "
+        "requests before the first preemption | offered: tokens/s | preemptions | machine",
+        capacity,
+    ),
+    "step_breakdown": (
+        "a step's milliseconds | part | stock vLLM | full step | LoRA step | beyond the ideal",
+        step_breakdown,
+    ),
+}
