@@ -1,10 +1,12 @@
 """One JSON line per measured run, with all that is needed to read it later.
 
-python benchmarks/record.py      renders the newest records into the README
+python benchmarks/record.py                renders the newest records into the README
+python benchmarks/record.py --repeats      how far repeated runs agree
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -86,27 +88,63 @@ def _git(*arguments: str) -> str:
 
 
 BEGIN, END = "<!-- rendered by benchmarks/record.py -->", "<!-- end -->"
+NOT_IN_README = ("step_breakdown",)  # for those who work on the engine
 README = Path(__file__).parent.parent / "README.md"
 
 
-def newest() -> list[dict[str, Any]]:
-    """The newest record of every benchmark for each of its settings; runs that failed are none."""
-    found: dict[str, dict[str, Any]] = {}
+def by_settings(*further: str) -> list[list[dict[str, Any]]]:
+    """Records of the same benchmark, settings and machine, oldest first; runs that failed are none.
+
+    How often a run went round is no setting; `further` names other keys that must agree.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(RESULTS.glob("*.jsonl")):
         for line in file.read_text().splitlines():
             record = json.loads(line)
             if "failed" not in record:
-                key = [file.name, record["benchmark"], record["settings"]]
-                found[json.dumps(key, sort_keys=True)] = record
+                settings = record["settings"] | {"rounds": None}
+                key = [record[name] for name in ("benchmark", "machine", *further)]
+                found.setdefault(json.dumps([key, settings], sort_keys=True), []).append(record)
     return list(found.values())
+
+
+def newest() -> list[dict[str, Any]]:
+    """The newest record of every benchmark for each of its settings and machines."""
+    return [records[-1] for records in by_settings()]
+
+
+def repeats() -> str:
+    """Speed-ups that were measured more than once on one commit, and how far they lie apart."""
+    lines = []
+    for records in by_settings("commit"):
+        speeds = [r["metrics"]["speed_up"] for r in records if "speed_up" in r["metrics"]]
+        if len(speeds) > 1:
+            spread = max(speeds) / min(speeds) - 1
+            name, *setting = tables.TABLES[records[0]["benchmark"]][1](records[0])[0][:3]
+            runs = ", ".join(f"{speed:.3f}" for speed in speeds)
+            lines.append(f"{name}, {', '.join(setting)}: {runs}; {spread:.1%} apart")
+    return "\n".join(lines) or "no setting was measured twice on one commit"
 
 
 def rendered_readme() -> str:
     """The README with its tables as the records have them."""
     text = README.read_text()
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{tables.of(newest())}\n{END}{rest.split(END)[1]}"
+    shown = [r for r in newest() if r["benchmark"] not in NOT_IN_README]
+    return f"{before}{BEGIN}\n{tables.of(shown)}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    """Render the README, or compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", action="store_true", help="compare; change nothing")
+    if parser.parse_args().repeats:
+        print(repeats())
+    else:
+        README.write_text(rendered_readme())
 
 
 if __name__ == "__main__":
-    README.write_text(rendered_readme())
+    main()

@@ -193,20 +193,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure, record, print tables, draw; returns 1 if a run failed."""
     given = parse(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        subject = open_subject(given.model, given.adapter, Path(scratch))
-        records = []
-        with baselines(subject, given) as base:
-            for rho in given.rho or [None]:
-                records += run_rho(subject, given, base, rho)
-            if given.peers:
-                records += peers.run(subject, given, base["stock"], started)
-    good = [r for r in records if not r.get("failed")]
+    try:
+        records = run(given)
+    except ValueError as error:  # settings that cannot be served
+        raise SystemExit(str(error)) from error
+    good = [r for r in records if "failed" not in r]
     print(tables.of(good))
     if given.plots:
         for path in plots.draw(good, given.plots):
             print(path)
     return int(len(good) < len(records))
+
+
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Start what is to be measured, and measure it; returns the records."""
+    records = []
+    rhos = given.rho or [None]
+    with tempfile.TemporaryDirectory() as scratch:
+        subject = open_subject(given.model, given.adapter, Path(scratch))
+        for rho in rhos:  # what cannot be served is refused before anything starts
+            subject.resolved(subject.settings(rho, max(given.k) if given.k else None))
+        with baselines(subject, given) as base:
+            for rho in rhos:
+                records += run_rho(subject, given, base, rho)
+            if given.peers:
+                records += peers.run(subject, given, base["stock"], started)
+    return records
 
 
 if __name__ == "__main__":

@@ -124,16 +124,21 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def model(tmp_path: Path) -> Path:
+    """A folder with a config, which is all that is read of a model here."""
+    shape = {"model_type": "llama", "num_hidden_layers": LAYERS, "hidden_size": 64}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape | {"vocab_size": 100}))
+    return folder
+
+
 def run(tmp_path: Path, ours: Fake, *flags: str) -> tuple[int, Any]:
     """The benchmark against fake servers: its exit code and its record."""
-    shape = {"model_type": "llama", "num_hidden_layers": LAYERS, "hidden_size": 64}
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(shape | {"vocab_size": 100}))
     urls = ["--url", ours.url, "--stock-url", Fake(LAYERS).url]
     urls += ["--fewer-layers-url", Fake(LAYERS // 2).url]
     sizes = ["--concurrency", "1", "--context", "8", "--tokens", "6", "--rounds", "2"]
-    code = serve_latency.main(["--model", str(model), *urls, *sizes, *flags])
+    code = serve_latency.main(["--model", str(model(tmp_path)), *urls, *sizes, *flags])
     (line,) = (tmp_path / "cpu.jsonl").read_text().splitlines()
     return code, json.loads(line)
 
@@ -162,6 +167,11 @@ def test_known_delays_are_reported(tmp_path: Path) -> None:
     assert m["layer_ms"] == pytest.approx(5, rel=0.02)
     assert m["steps"] == {"full": 4, "lora": 8}
     assert tables.of([written]).count("\n") == 2
+    assert "measured twice" in record.repeats()
+    slower = written | {"metrics": m | {"speed_up": m["speed_up"] / 1.1}}
+    with (tmp_path / "cpu.jsonl").open("a") as out:
+        out.write(json.dumps(slower) + "\n")
+    assert record.repeats().endswith("10.0% apart")
 
 
 def test_kv_is_read_while_a_request_runs(tmp_path: Path) -> None:
@@ -206,3 +216,8 @@ def test_baseline_and_quality_cannot_be_left_out(capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit):
             serve_latency.parse(flags)
         assert why in capsys.readouterr().err
+
+
+def test_what_cannot_be_served_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="there is no adapter_config"):
+        serve_latency.main(["--model", str(model(tmp_path)), "--adapter", "nowhere"])
