@@ -1,9 +1,9 @@
 """How many long generations a fixed KV pool holds before the first preemption, and what then.
 
-Stock vLLM and LoRA-Drop get pools of the same bytes. `fit` is the most requests that all run to
-their end without a preemption, found by trying; then both are offered the same number, more than
-either holds, and tokens per second are counted with all the preemptions and recomputation that
-come of it.
+Stock vLLM and LoRA-Drop get pools of the same bytes. `fit` is the most requests that all run at
+once and to their end without a preemption, found by trying; then both are offered the same number,
+more than either holds, and tokens per second are counted with all the waiting, preemption and
+recomputation that come of it.
 
     python benchmarks/capacity.py
     python benchmarks/capacity.py --model 1b --pool-mb 256 --prompt 64 --tokens 1024
@@ -58,7 +58,7 @@ def start(model: Path, settings: dict[str, Any] | None, given: argparse.Namespac
 
 
 def fit(engine: Engine, given: argparse.Namespace) -> int:
-    """How many requests run to their end without a preemption."""
+    """How many requests run at once and to their end without a preemption."""
 
     def fits(count: int) -> bool:
         if count > given.max_requests:
@@ -67,8 +67,12 @@ def fit(engine: Engine, given: argparse.Namespace) -> int:
                 "--pool-mb or raise it"
             )
         found = engine.fill(count, given.prompt, given.tokens, stop_at_preemption=True)
-        print(f"  {count} requests: {found['preemptions']} preemptions", flush=True)
-        return not found["preemptions"]
+        print(
+            f"  {count} requests: {found['most_running']} at once, "
+            f"{found['preemptions']} preemptions",
+            flush=True,
+        )
+        return not found["preemptions"] and found["most_running"] == count
 
     alone = engine.fill(1, given.prompt, given.tokens, stop_at_preemption=True)
     return most_that_fit(fits, alone["blocks"] // alone["most_blocks"])

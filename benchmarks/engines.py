@@ -137,8 +137,8 @@ class Engine:
         """Run `batch` requests that come at once to their end, or to the first preemption.
 
         Returns:
-            `seconds`; `preemptions`; `lora_steps`; `blocks` of the KV pool, and `most_blocks`
-            that were held at once.
+            `seconds`; `preemptions`; `lora_steps`; `blocks` of the KV pool; `most_blocks` that
+            were held and `most_running` requests that ran at once.
         """
         return self._ask(_fill, batch, prompt, tokens, stop_at_preemption)
 
@@ -207,13 +207,14 @@ def _fill(engine: Any, batch: int, prompt: int, tokens: int, stop: bool) -> dict
     scheduler = engine.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
     free = least = pool.get_num_free_blocks()
-    before = _lora_steps(scheduler)
+    before, running = _lora_steps(scheduler), 0
     _add(engine, batch, prompt, tokens)
     preempted: dict[str, int] = {}  # by request: how often
     start = time.perf_counter()
     while engine.has_unfinished_requests():
         engine.step()
         least = min(least, pool.get_num_free_blocks())
+        running = max(running, len(scheduler.running))
         preempted |= {n: r.num_preemptions for n, r in scheduler.requests.items()}
         if stop and any(preempted.values()):
             engine.abort_request([str(n) for n in range(batch)])
@@ -223,4 +224,5 @@ def _fill(engine: Any, batch: int, prompt: int, tokens: int, stop: bool) -> dict
         "lora_steps": _lora_steps(scheduler) - before,
         "blocks": free,
         "most_blocks": free - least,
+        "most_running": running,
     }

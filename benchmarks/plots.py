@@ -16,6 +16,7 @@ from typing import Any
 from serve_figures import QUANTILES
 
 Record = dict[str, Any]
+KINDS = {"lora": "LoRA", "full": "full"}
 
 
 def require_matplotlib() -> None:
@@ -30,9 +31,10 @@ def require_matplotlib() -> None:
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     """All figures that these records of serve_latency.py allow; returns what was written."""
     found = []
-    for key, group in _grouped(records, "model", "concurrency", "context", "rho", "k"):
+    sizes = ("model", "concurrency", "context")
+    for key, group in _grouped(records, *sizes, "rho", "k"):
         found.append(_save(folder, "steps", key, lambda axes, g=group: _steps(axes, g[-1])))
-    for key, group in _grouped(records, "model", "concurrency", "context"):
+    for key, group in _grouped(records, *sizes):
         if len({r["settings"]["rho"] for r in group}) > 1:
             found.append(_save(folder, "speed_up", key, lambda axes, g=group: _speed_up(axes, g)))
         saved = [r for r in group if "kv_saved" in r["metrics"]]
@@ -44,8 +46,10 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
 def _steps(axes: Any, record: Record) -> None:
     """Cumulative distribution of token latency by kind of step: the two modes of Eq. 11."""
     for kind, times in record["metrics"]["by_kind_ms"].items():
-        axes.step(times, [q / 100 for q in QUANTILES], where="post", label=f"{kind} steps")
-    axes.axvline(record["metrics"]["p50_ms"]["stock"], color="grey", linestyle=":", label="stock")
+        axes.step(times, [q / 100 for q in QUANTILES], where="post", label=f"{KINDS[kind]} steps")
+    axes.axvline(
+        record["metrics"]["p50_ms"]["stock"], color="grey", linestyle=":", label="stock vLLM, p50"
+    )
     axes.set(xlabel="time of a token, ms", ylabel="share of the steps", ylim=(0, 1))
 
 
@@ -84,11 +88,16 @@ def _save(folder: Path, name: str, key: tuple[Any, ...], plot: Callable[[Any], N
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     plot(axes)
-    axes.set_title(", ".join(map(str, key)), fontsize="small")
+    axes.set_title(_title(*key), fontsize="small")
     axes.legend(fontsize="small")
     path = folder / (re.sub(r"[^\w.]+", "_", "_".join(map(str, (name, *key)))) + ".png")
     figure.savefig(path, dpi=150)
     return path
+
+
+def _title(model: str, requests: int, context: int, *rho_and_k: float) -> str:
+    at = [f"{model}, {requests} × {context} prompt tokens"]
+    return ", ".join(at + [f"{n} = {v}" for n, v in zip(("ρ", "k"), rho_and_k)])
 
 
 def main() -> None:
