@@ -1,4 +1,4 @@
-"""Everything that needs a GPU in one command: tests, kernel times, decode table.
+"""Everything that needs a GPU in one command: tests, kernel times, decode and serving tables.
 
 Stages run in order of worth until the time is over. What has passed is noted in the output folder
 and not run again, so the next call goes on from there; a stage that fails is tried again. Records
@@ -50,6 +50,7 @@ def stages() -> list[Stage]:
         Stage(f"batches_{model}", _decode(model, "0.5", "8 32 128", "64", "65", "2"))
         for model in PAPER_MODELS
     ]
+    served = [Stage(f"serve_{model}", _serve(model)) for model in PAPER_MODELS]
     op_latency = (sys.executable, "benchmarks/op_latency.py", "--d", "4096", "--rounds", "10")
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9")
     return [
@@ -60,6 +61,7 @@ def stages() -> list[Stage]:
         *batches[:1],
         *table[1:],
         *batches[1:],
+        *served,
         Stage(
             "sanitizer",
             (*sanitizer, *pytest, "tests/test_kernel_ops.py", "-k", "sanitized"),
@@ -73,6 +75,14 @@ def _decode(model: str, rho: str, batch: str, *lengths: str) -> tuple[str, ...]:
         *(sys.executable, "benchmarks/decode_latency.py", "--model", model, "--rho", rho),
         *("--k", "3", "1", "5", "--batch", *batch.split()),
         *("--prompt", prompt, "--tokens", tokens, "--rounds", rounds),
+    )
+
+
+def _serve(model: str) -> tuple[str, ...]:
+    return (
+        *(sys.executable, "benchmarks/serve_latency.py", "--model", model, "--compile"),
+        *("--concurrency", "1", "16", "--context", "1024", "--tokens", "129", "--rounds", "3"),
+        *("--kv-tokens", "0"),
     )
 
 

@@ -15,6 +15,7 @@ import capacity
 import decode_latency
 import gpu_session
 import peers
+import serve_latency
 import step_breakdown
 import tables
 from serve_figures import Block
@@ -148,9 +149,9 @@ def test_a_gpu_session_goes_on_where_the_last_one_ended(
 
 def test_every_stage_of_a_gpu_session_is_a_command_that_parses() -> None:
     for stage in gpu_session.stages():
-        if "benchmarks/decode_latency.py" in stage.command:
-            at = stage.command.index("benchmarks/decode_latency.py")
-            decode_latency.parse(list(stage.command[at + 1 :]))
+        for script in (decode_latency, serve_latency):
+            if (path := f"benchmarks/{script.__name__}.py") in stage.command:
+                script.parse(list(stage.command[stage.command.index(path) + 1 :]))
         for part in stage.command:
             if part.endswith(".py"):
                 assert (gpu_session.ROOT / part).exists()
