@@ -70,6 +70,44 @@ def test_the_most_that_fit_are_found_from_any_guess(guess: int) -> None:
     assert capacity.most_that_fit(lambda count: count <= 7, guess) == 7
 
 
+class Pool:
+    """An engine whose pool holds so many blocks, two to a request, and lets no one else in."""
+
+    def __init__(self, blocks: int, lora_steps: int) -> None:
+        self.blocks, self.lora_steps = blocks, lora_steps
+
+    def fill(self, batch: int, prompt: int, tokens: int, stop_at_preemption: bool = False) -> Any:
+        running = min(batch, self.blocks // 2)
+        return {
+            "seconds": batch * tokens / running / 10,
+            "preemptions": 0,
+            "lora_steps": self.lora_steps,
+            "blocks": self.blocks,
+            "most_blocks": 2 * running,
+            "most_running": running,
+        }
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("lora_steps", [9, 0], ids=["dropping", "not dropping"])
+def test_capacity_counts_who_runs_at_once(lora_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = iter([Pool(10, 0), Pool(14, lora_steps)])
+    monkeypatch.setattr(capacity, "start", lambda *_: next(pools))
+    monkeypatch.setattr(capacity, "make_shape", lambda *_: Path())
+    given = capacity.parse(["--tokens", "100"])
+    if not lora_steps:
+        with pytest.raises(RuntimeError, match="no LoRA step ran"):
+            capacity.run(given)
+        return
+    found = capacity.run(given)
+    assert (found["stock"]["fit"], found["lora_drop"]["fit"], found["offered"]) == (5, 7, 14)
+    assert found["stock"]["tokens_per_s"] == 50 and found["lora_drop"]["tokens_per_s"] == 70
+    written = {"benchmark": "capacity", "settings": vars(given), "metrics": found}
+    assert "5 → 7" in tables.of([written | {"machine": {"cpu": "c", "cores": 2}}])
+
+
 def test_parts_of_a_step_are_its_time_without_what_they_contain() -> None:
     """A step of 10 ms: 2 of scheduler, 6 of layers of which 1 fills states; one call outside."""
     spans = [
