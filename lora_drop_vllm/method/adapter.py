@@ -102,6 +102,7 @@ def save_adapter(
     (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n")
     scratch = folder / f"{TENSOR_FILE}.new"  # a folder in use never holds half a file
     save_file({name: t.contiguous() for name, t in tensors.items()}, scratch)
+    scratch.chmod((folder / CONFIG_FILE).stat().st_mode)  # safetensors lets only its owner read
     os.replace(scratch, folder / TENSOR_FILE)
 
 
