@@ -105,7 +105,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", nargs="+", type=layer_numbers, default=["contiguous"])
     parser.add_argument("--rho", nargs="+", type=float, default=[0.25, 0.5, 0.75])
     parser.add_argument("--k", nargs="+", type=int, default=[1, 2, 3, 5])
-    for name, default in (("rank", 16), ("tokens", 16384), ("seed", 0)):
+    for name, default in (("rank", 16), ("tokens", 8192), ("seed", 0)):
         parser.add_argument(f"--{name}", nargs="+", type=int, default=[default])
     parser.add_argument("--reuse", nargs="+", default=["update"])
     parser.add_argument("--kv", nargs="+", default=["skip"])

@@ -17,7 +17,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
 BEGIN, END = "<!-- rendered by benchmarks/quality_tables.py -->", "<!-- end -->"
 NUM_LAYERS = 30  # of the 135M model
 PLAIN = {"layers": "contiguous", "rank": 16, "reuse": "update", "kv": "skip"}
-PLAIN |= {"injection": "block", "tokens": 16384}
+PLAIN |= {"injection": "block", "tokens": 8192}
 
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str]]
