@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,14 +60,26 @@ class Endpoint:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
 
     def metrics(self) -> dict[str, int]:
-        """LoRA-Drop's counters and gauge at `/metrics`, by name without prefix and suffix."""
+        """LoRA-Drop's counters and gauge at `/metrics`, by name without prefix and suffix.
+
+        With `--data-parallel-size`, the sum over the engines.
+        """
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        return {name: int(float(v)) for name, v in _METRIC.findall(text) if "created" not in name}
+        sums: Counter[str] = Counter()
+        for name, value in _METRIC.findall(text):
+            if "created" not in name:
+                sums[name] += int(float(value))
+        return dict(sums)
 
 
 class Server(Endpoint):
-    """Context manager around one server process; `log` is the file with all it printed."""
+    """Context manager around one server process.
+
+    Attributes:
+        log: the file with all it printed since its start
+        process: None when it was never started, or stopped by `stop`
+    """
 
     def __init__(
         self,

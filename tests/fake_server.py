@@ -67,9 +67,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/metrics":
-            lines = [
-                f'vllm:lora_drop_{name}_total{{engine="0",model_name="fake"}} {float(value)}\n'
+            lines = [  # of two engines
+                f'vllm:lora_drop_{name}_total{{engine="{n}",model_name="fake"}} {float(part)}\n'
                 for name, value in self.server.steps.items()
+                for n, part in enumerate((value // 2, value - value // 2))
             ]
             return self.reply(200, "".join(lines))
         model = {"id": "fake", "object": "model", "created": 0, "owned_by": "us"}

@@ -1,7 +1,9 @@
 """LoRA-Drop's counters at `/metrics`, from the scheduler's process to the server's.
 
-The totals ride in `SchedulerStats.waiting_lora_adapters`, a dict of integers that vLLM only reads
-with `--enable-lora`, which LoRA-Drop refuses.
+They ride in `SchedulerStats.waiting_lora_adapters`, a dict of integers that vLLM only reads with
+`--enable-lora`, which LoRA-Drop refuses. vLLM gives each step's stats to one of its API servers
+(`--api-server-count`), and Prometheus adds up what the servers counted; so what rides along is what
+was added since the last report, not the totals.
 
 Patches `StatLoggerManager.__init__` to add our logger, and only in engines served with
 `--model-impl lora_drop`. Reason: the entry point `vllm.stat_logger_plugins` would switch
@@ -30,14 +32,18 @@ COUNTERS = {
 }
 
 
-def attach(stats: SchedulerStats, totals: StepTotals, num_blocks: int) -> None:
-    """Put the totals aboard the scheduler's stats."""
-    values = asdict(totals) | {BLOCKS: num_blocks}
+def attach(
+    stats: SchedulerStats, totals: StepTotals, reported: StepTotals, num_blocks: int
+) -> None:
+    """Put what the totals grew by since those reported aboard the scheduler's stats."""
+    before = asdict(reported)
+    values = {name: value - before[name] for name, value in asdict(totals).items()}
+    values[BLOCKS] = num_blocks
     stats.waiting_lora_adapters = {_PREFIX + name: value for name, value in values.items()}
 
 
 def read(stats: SchedulerStats) -> dict[str, int]:
-    """The totals aboard, by name without prefix; empty when there are none."""
+    """What is aboard, by name without prefix; empty when there is nothing."""
     return {
         key.removeprefix(_PREFIX): value
         for key, value in stats.waiting_lora_adapters.items()

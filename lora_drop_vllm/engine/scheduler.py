@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -10,7 +11,7 @@ from lora_drop_vllm.engine import metrics
 from lora_drop_vllm.engine.activation import active_config
 from lora_drop_vllm.engine.kv_cache import DropLayerManager, allow_partial_prefix_hits
 from lora_drop_vllm.engine.request_args import request_k
-from lora_drop_vllm.method.schedule import PhaseTracker, Scheduled, StepPlan
+from lora_drop_vllm.method.schedule import PhaseTracker, Scheduled, StepPlan, StepTotals
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -31,6 +32,7 @@ class LoRADropScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         self.lora_drop = active_config(self.vllm_config)
         self.tracker = PhaseTracker(self.max_num_running_reqs, self.lora_drop.kv_skips)
+        self._reported = StepTotals()
         self.drop_managers = [
             manager
             for manager in self.kv_cache_manager.coordinator.single_type_managers
@@ -81,10 +83,12 @@ class LoRADropScheduler(AsyncScheduler):
         self.tracker.release(request.request_id)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """vLLM's stats, with our totals aboard."""
+        """vLLM's stats, with ours aboard."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            metrics.attach(stats, self.tracker.totals, self.num_drop_blocks())
+            totals = self.tracker.totals
+            metrics.attach(stats, totals, self._reported, self.num_drop_blocks())
+            self._reported = replace(totals)
         return stats
 
     def num_drop_blocks(self) -> int:

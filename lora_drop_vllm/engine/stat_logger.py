@@ -11,12 +11,11 @@ from lora_drop_vllm.engine import metrics
 
 
 class LoRADropStatLogger(AggregateStatLoggerBase):
-    """Turns the totals of each engine into counters and a gauge beside vLLM's own."""
+    """Turns the reports of each engine into counters and a gauge beside vLLM's own."""
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         labels = ["model_name", "engine"]
         name = vllm_config.model_config.served_model_name
-        self._seen = {index: dict.fromkeys(metrics.COUNTERS, 0) for index in engine_indexes}
         self._counters = {
             counter: Counter(f"vllm:lora_drop_{counter}", documentation, labels)
             for counter, documentation in metrics.COUNTERS.items()
@@ -31,7 +30,7 @@ class LoRADropStatLogger(AggregateStatLoggerBase):
         for labelled in self._labels.values():  # zero from the start, as Prometheus expects
             for counter in self._counters.values():
                 counter.labels(*labelled)
-            self._blocks.labels(*labelled)
+            self._blocks.labels(*labelled).set(0)
 
     def record(
         self,
@@ -40,16 +39,14 @@ class LoRADropStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Take one engine's totals over; they only ever grow."""
-        totals = metrics.read(scheduler_stats) if scheduler_stats is not None else {}
-        if not totals:
+        """Count what one engine reports."""
+        report = metrics.read(scheduler_stats) if scheduler_stats is not None else {}
+        if not report:
             return
         labelled = self._labels[engine_idx]
-        seen = self._seen[engine_idx]
         for name, counter in self._counters.items():
-            counter.labels(*labelled).inc(totals[name] - seen[name])
-            seen[name] = totals[name]
-        self._blocks.labels(*labelled).set(totals[metrics.BLOCKS])
+            counter.labels(*labelled).inc(report[name])
+        self._blocks.labels(*labelled).set(report[metrics.BLOCKS])
 
     def log_engine_initialized(self) -> None:
         """Nothing to say beyond the start-up line."""

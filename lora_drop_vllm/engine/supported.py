@@ -52,7 +52,6 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
         (model.runner_type != "generate", f"--runner {model.runner_type}", "use it to generate"),
         (vllm_config.speculative_config is not None, "speculative decoding", leave_out),
         (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size > 1", "set it to 1"),
-        (parallel.data_parallel_size > 1, "--data-parallel-size > 1", "start more servers"),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "context parallelism",
