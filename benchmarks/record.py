@@ -19,6 +19,8 @@ from typing import Any
 
 import tables
 
+from lora_drop_vllm.whole_files import append_line
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "vllm", "lora_drop_vllm")
 
@@ -50,8 +52,7 @@ def write(
     }
     RESULTS.mkdir(exist_ok=True)
     kind = "gpu" if "gpu" in record["machine"] else "cpu"
-    with (RESULTS / f"{kind}.jsonl").open("a") as out:
-        out.write(json.dumps(record) + "\n")
+    append_line(RESULTS / f"{kind}.jsonl", json.dumps(record))
     return record
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from lora_drop_vllm.method.layers import (
 )
 from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
 from lora_drop_vllm.method.untrusted import AdapterError, file_in, read_json, shown
+from lora_drop_vllm.whole_files import replacing
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -99,11 +99,11 @@ def save_adapter(
     tensors = {name: t.detach().cpu().to(dtype or t.dtype) for name, t in tensors.items()}
     check_tensors(folder, config, tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n")
-    scratch = folder / f"{TENSOR_FILE}.new"  # a folder in use never holds half a file
-    save_file({name: t.contiguous() for name, t in tensors.items()}, scratch)
-    scratch.chmod((folder / CONFIG_FILE).stat().st_mode)  # safetensors lets only its owner read
-    os.replace(scratch, folder / TENSOR_FILE)
+    # a folder in use never holds half a file, and a new config only beside its tensors
+    with replacing(folder / CONFIG_FILE) as text, replacing(folder / TENSOR_FILE) as weights:
+        text.write_text(json.dumps(asdict(config), indent=2) + "\n")
+        save_file({name: t.contiguous() for name, t in tensors.items()}, weights)
+        weights.chmod(text.stat().st_mode)  # safetensors lets only the owner read
 
 
 def read_config(folder: Path) -> AdapterConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
 from lora_drop_vllm.offline.corpus import Position
+from lora_drop_vllm.whole_files import append_line, replacing
 
 FILE = "training.safetensors"
 LOG = "training.jsonl"
@@ -45,12 +45,9 @@ class Checkpoint:
             "step": self.step,
             "position": self.position,
         }
-        scratch = folder / f"{FILE}.new"
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
-        save_file(tensors, scratch, metadata={"state": json.dumps(state)})
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, folder / FILE)
+        with replacing(folder / FILE) as scratch:
+            save_file(tensors, scratch, metadata={"state": json.dumps(state)})
 
     @classmethod
     def load(cls, folder: Path) -> Checkpoint | None:
@@ -101,12 +98,10 @@ def read_log(folder: Path, steps: int) -> list[dict[str, float]]:
 
 def write_log(folder: Path, entries: list[dict[str, float]]) -> None:
     """Replace the log."""
-    scratch = folder / f"{LOG}.new"
-    scratch.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    os.replace(scratch, folder / LOG)
+    with replacing(folder / LOG) as scratch:
+        scratch.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def append_log(folder: Path, entry: dict[str, float]) -> None:
     """Add a step's entry."""
-    with (folder / LOG).open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_line(folder / LOG, json.dumps(entry))

