@@ -58,7 +58,7 @@ def activate(vllm_config: VllmConfig) -> None:
     """
     from vllm.logger import init_logger
 
-    from lora_drop_vllm.engine import metrics, request_args, seams
+    from lora_drop_vllm.engine import exit_status, metrics, request_args, seams
     from lora_drop_vllm.engine.supported import check_architecture, check_supported
 
     logger = init_logger("vllm.lora_drop")
@@ -69,6 +69,7 @@ def activate(vllm_config: VllmConfig) -> None:
     check_supported(vllm_config, config)
     vllm_config.additional_config = {**vllm_config.additional_config, SETTINGS: config.as_dict()}
     request_args.install()
+    exit_status.install()
     if config.active:
         architecture = model_config.hf_config.architectures[0]
         model_config.hf_config.architectures = [ARCHITECTURES[architecture]]
