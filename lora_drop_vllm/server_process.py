@@ -95,13 +95,23 @@ class Server(Endpoint):
         vllm = Path(sys.executable).with_name("vllm")
         self._command = [str(vllm), "serve", str(model), "--port", str(self.port)]
         self._command += ["--served-model-name", self.name, *ARGUMENTS, *arguments]
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start the server, stopped before or ended on its own, and wait until it serves.
+
+        Raises:
+            RuntimeError: it did not come up; the message has the end of its log.
+        """
+        self.stop()
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         with self.log.open("wb") as log:
             # a session of its own: Ctrl-C reaches us alone, and we stop all its processes
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 self._command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -109,11 +119,10 @@ class Server(Endpoint):
                 start_new_session=True,
             )
         try:
-            self._wait_until_healthy(self._process)
+            self._wait_until_healthy(self.process)
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(
         self,
@@ -125,7 +134,7 @@ class Server(Endpoint):
 
     def stop(self) -> None:
         """Ask the server to stop, and make sure that it did."""
-        process, self._process = self._process, None
+        process, self.process = self.process, None
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError):
