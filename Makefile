@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-matrix soak fuzz check bench bench-more clean
+.PHONY: install demo test test-matrix soak soak-server fuzz check bench bench-more clean
 
 install: $(STAMP)
 
@@ -40,6 +40,10 @@ soak: install
 # 100,000 adapters and settings, most of them broken
 fuzz: install
 	$(BIN)/pytest --effort 50 --first-seed $(FIRST_SEED) tests/test_untrusted.py
+
+# a server under half an hour of mixed traffic: memory, blocks, errors, latency
+soak-server: install
+	$(BIN)/python benchmarks/soak.py
 
 check: install
 	$(BIN)/ruff check .

@@ -32,11 +32,6 @@ QUALITY: list[Column] = [
 ]
 
 
-def measured(benchmark: str) -> list[Record]:
-    """The newest records of a benchmark."""
-    return [r for r in record.newest() if r["benchmark"] == benchmark]
-
-
 def setting(name: str, heading: str | None = None) -> Column:
     """A column of one of the settings."""
     return heading or name, lambda r: str(r["settings"][name])
@@ -50,7 +45,7 @@ def fitted(**wanted: Any) -> list[Record]:
     conditions = {name: value for name, value in (PLAIN | wanted).items() if value is not None}
     return [
         r
-        for r in measured("quality")
+        for r in record.newest("quality")
         if "adapter" not in r["settings"]
         and all(r["settings"][name] == value for name, value in conditions.items())
     ]
@@ -73,7 +68,7 @@ def _drop_layers(r: Record) -> str:
 def _speed(r: Record) -> str:
     found = [
         s["metrics"]
-        for s in measured("decode_latency")
+        for s in record.newest("decode_latency")
         if (s["settings"]["model"], s["settings"]["batch"]) == ("135m", 1)
         and all(s["settings"][name] == r["settings"][name] for name in ("rho", "k"))
     ]
@@ -99,7 +94,7 @@ def by(*names: str) -> Callable[[Record], list[Any]]:
 
 def sections() -> list[str]:
     """All tables, with their headings."""
-    shipped = [r for r in measured("quality") if "adapter" in r["settings"]]
+    shipped = [r for r in record.newest("quality") if "adapter" in r["settings"]]
     grid = sorted(fitted(), key=by("rho", "k"))
     rank = sorted(fitted(rho=0.25, k=3, rank=None, tokens=None), key=by("tokens", "rank"))
     choice = fitted(rho=0.25, k=3, layers=None)

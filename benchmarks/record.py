@@ -109,9 +109,10 @@ def by_settings(*further: str) -> list[list[dict[str, Any]]]:
     return list(found.values())
 
 
-def newest() -> list[dict[str, Any]]:
-    """The newest record of every benchmark for each of its settings and machines."""
-    return [records[-1] for records in by_settings()]
+def newest(*benchmarks: str) -> list[dict[str, Any]]:
+    """The newest record of some benchmarks, or all, for each of their settings and machines."""
+    found = [records[-1] for records in by_settings()]
+    return [r for r in found if r["benchmark"] in benchmarks or not benchmarks]
 
 
 def repeats() -> str:

@@ -16,6 +16,7 @@ import decode_latency
 import gpu_session
 import peers
 import serve_latency
+import soak
 import step_breakdown
 import tables
 from serve_figures import Block
@@ -193,3 +194,26 @@ def test_every_stage_of_a_gpu_session_is_a_command_that_parses() -> None:
         for part in stage.command:
             if part.endswith(".py"):
                 assert (gpu_session.ROOT / part).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({}, []),
+        ({"memory": [1000, 1021]}, ["rss_growth"]),
+        ({"slower": 1.2}, ["p95_growth"]),
+        ({"errors": ["lost"], "left": 1}, ["errors", "blocks_left"]),
+    ],
+    ids=str,
+)
+def test_a_soak_breaks_the_bounds_it_should(change: dict[str, Any], wanted: list[str]) -> None:
+    slower = change.get("slower", 1.05)
+    traffic = soak.Traffic(requests=9, errors=change.get("errors", []))
+    traffic.gaps = [(float(s), 10.0 * (slower if s >= 50 else 1)) for s in range(60)]
+    counted = {"full_steps": 5, "lora_steps": 15}
+    memory, left = change.get("memory", [1000, 1019]), change.get("left", 0)
+    metrics = soak.metrics_of(traffic, 60.0, memory, left, counted)
+    assert soak.broken(metrics) == wanted
+    assert metrics["p95_growth"] == round(slower - 1, 4)
+    with pytest.raises(RuntimeError, match="nothing was tested"):
+        soak.metrics_of(traffic, 60.0, memory, left, counted | {"lora_steps": 0})

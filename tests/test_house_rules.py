@@ -89,5 +89,7 @@ def test_no_private_environment_variables() -> None:
 def test_the_readmes_numbers_are_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import record
+    import robustness
 
     assert record.README.read_text() == record.rendered_readme()
+    assert robustness.PAGE.read_text() == robustness.rendered_page()
