@@ -16,7 +16,7 @@ demo: install
 
 # tests run on JOBS processes of one thread each; vLLM's workers stay where the system puts them
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/pytest -n $(JOBS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/pytest -n $(JOBS) --dist loadfile
 V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1
 
 # all tests; those of the model runners a second time, with Model Runner V2 in Triton's interpreter

@@ -31,7 +31,6 @@ from lora_drop_vllm.server_process import Server
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.xdist_group("faults"),  # they share servers
     pytest.mark.skipif(V2, reason="the interpreter needs a stand-in backend in every process"),
 ]
 

@@ -14,8 +14,7 @@ import pytest
 from lora_drop_vllm.cli import main
 from lora_drop_vllm.server_process import Server
 
-# one server for all: one process of `make test` runs them
-pytestmark = [pytest.mark.engine, pytest.mark.model, pytest.mark.xdist_group("server")]
+pytestmark = [pytest.mark.engine, pytest.mark.model]
 
 
 @pytest.fixture(scope="module")
