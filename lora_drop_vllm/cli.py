@@ -151,7 +151,7 @@ def _making(commands: Any) -> None:
     model_flags(fit)
     layer_flags(fit)
     fit.add_argument("--out", required=True, type=Path, help="adapter folder to write")
-    fit.add_argument("--tokens", type=int, default=65536, help="of the corpus (default: 65536)")
+    fit.add_argument("--tokens", type=int, default=32768, help="of the corpus (default: 32768)")
     fit.set_defaults(run=run_fit)
 
     train = _command(
@@ -160,7 +160,7 @@ def _making(commands: Any) -> None:
     model_flags(train)
     layer_flags(train)
     training_flags(train)
-    train.add_argument("--tokens", type=int, default=65536, help="for --from fit (default: 65536)")
+    train.add_argument("--tokens", type=int, default=32768, help="for --from fit (default: 32768)")
     train.add_argument("--from", dest="start", default="fit", help="fit (default), zero, or DIR")
     train.add_argument("--out", required=True, type=Path, help="adapter folder to write")
     train.add_argument("--plots", action="store_true", help="draw the curves too (matplotlib)")

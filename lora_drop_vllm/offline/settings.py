@@ -40,7 +40,7 @@ class Settings:
     kv: str = "skip"
     injection: str = "block"
     length: int = 256
-    tokens: int = 65536
+    tokens: int = 32768
     seed: int = 0
     dtype: str = "float32"
 
