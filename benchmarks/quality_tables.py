@@ -145,6 +145,11 @@ def draw(records: Sequence[Record], across: str, curve: str, name: str) -> None:
     figure.savefig(PAGE.parent / name, dpi=110)
 
 
-if __name__ == "__main__":
+def rendered_page() -> str:
+    """The page with its tables as the records have them."""
     before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text("\n".join([before + BEGIN, *sections(), END + rest.split(END)[1]]))
+    return "\n".join([before + BEGIN, *sections(), END + rest.split(END)[1]])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rendered_page())

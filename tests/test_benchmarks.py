@@ -15,6 +15,7 @@ import capacity
 import decode_latency
 import gpu_session
 import peers
+import quality_tables
 import serve_latency
 import soak
 import step_breakdown
@@ -217,3 +218,8 @@ def test_a_soak_breaks_the_bounds_it_should(change: dict[str, Any], wanted: list
     assert metrics["p95_growth"] == round(slower - 1, 4)
     with pytest.raises(RuntimeError, match="nothing was tested"):
         soak.metrics_of(traffic, 60.0, memory, left, counted | {"lora_steps": 0})
+
+
+def test_the_page_on_quality_says_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality_tables, "draw", lambda *_: None)
+    assert quality_tables.PAGE.read_text() == quality_tables.rendered_page()
