@@ -47,7 +47,8 @@ def write(
         "dirty": bool(
             _git("status", "--porcelain", "-uno", ":/", ":(top,exclude)benchmarks/results")
         ),
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        # of paths from a root only the last part: where they lie here helps nobody
+        "argv": [Path(a).name if Path(a).is_absolute() else a for a in sys.argv],
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     RESULTS.mkdir(exist_ok=True)
