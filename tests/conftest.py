@@ -136,3 +136,14 @@ def real_model() -> Path:
     from lora_drop_vllm.offline.gguf_model import real_model
 
     return real_model()
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is not installed."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "matplotlib" else real(name, *a),
+    )

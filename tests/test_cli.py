@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -108,16 +107,10 @@ def test_cost_counts_what_the_drop_layers_write(
 def test_what_cannot_be_costed_is_refused(
     models: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    without_matplotlib: None,
     flags: list[str],
     message: str,
 ) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *a: None if name == "matplotlib" else real(name, *a),
-    )
     model = [] if flags == ["nowhere"] else [str(models["llama"])]
     assert main(["cost", *model, *flags]) == 2
     assert message in capsys.readouterr().err

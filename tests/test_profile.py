@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -174,16 +173,10 @@ def test_what_cannot_be_profiled_is_refused(
     smooth_model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    without_matplotlib: None,
     flags: list[str],
     message: str,
 ) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *a: None if name == "matplotlib" else real(name, *a),
-    )
     (tmp_path / "corpus.txt").write_text(WORDS * 40)
     command = ["profile", str(smooth_model), "--corpus", str(tmp_path / "corpus.txt")]
     command += ["--length", "64", "--tokens", "1024", "--rank", "4"]
