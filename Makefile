@@ -50,7 +50,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the README's CPU tables: about 20 minutes on 2 cores; docs/measuring.md says how they are made
+# the README's CPU tables: 20 minutes on 2 cores by estimate; docs/measuring.md says how they are made
 bench: install
 	$(BIN)/python benchmarks/decode_latency.py --batch 1 4
 	$(BIN)/python benchmarks/decode_latency.py --model 1b --batch 1 4 --rounds 5 --tokens 33
