@@ -110,9 +110,9 @@ def annotate_engine(engine: Any) -> None:
         annotate(layer, "forward", DROP if drops else ALWAYS_ON)
         if drops:
             annotate(layer, "lora_step", DROP)
-            for site in layer.sites:
-                annotate(site, "enter", SAVING)
-                annotate(site, "leave", SAVING)
+    for kept in {layer.kept for layer in runner.model.model.layers if hasattr(layer, "kept")}:
+        annotate(kept, "enter", SAVING)
+        annotate(kept, "leave", SAVING)
     annotate(engine, "step", STEP)
 
 

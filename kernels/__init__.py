@@ -49,38 +49,26 @@ def drop_run(
     return reference.drop_run(x, states, slots, A, B, scale, beta, writes_back)
 
 
-def save_input(hidden: Tensor, residual: Tensor, state: Tensor, slots: Tensor) -> None:
-    """Keep x_a^{i-1} of each request's last token; see `reference.save_input`."""
+def save_stream(hidden: Tensor, residual: Tensor, states: Tensor, site: int, slots: Tensor) -> None:
+    """Keep the stream of each request's last token; see `reference.save_stream`."""
     if hidden.is_cuda:
-        from lora_drop_vllm.kernels.triton_state import save_state_triton
+        from lora_drop_vllm.kernels.triton_state import save_stream_triton
 
-        save_state_triton(hidden, residual, state, slots)
+        save_stream_triton(hidden, residual, states, site, slots)
         return
-    reference.save_input(hidden, residual, state, slots)
+    reference.save_stream(hidden, residual, states, site, slots)
 
 
-def save_output(
-    hidden: Tensor, residual: Tensor, state: Tensor, slots: Tensor, gate: Tensor | None
+def save_changes(
+    hidden: Tensor, residual: Tensor, states: Tensor, gates: Tensor, slots: Tensor
 ) -> None:
-    """Fill c_i after a full step; see `reference.save_output`."""
+    """Turn the streams kept in front of sites into c_i; see `reference.save_changes`."""
     if hidden.is_cuda:
-        from lora_drop_vllm.kernels.triton_state import save_state_triton
+        from lora_drop_vllm.kernels.triton_state import save_changes_triton
 
-        save_state_triton(hidden, residual, state, slots, gate)
+        save_changes_triton(hidden, residual, states, gates, slots)
         return
-    reference.save_output(hidden, residual, state, slots, gate)
-
-
-def save_between(
-    hidden: Tensor, residual: Tensor, done: Tensor, gate: Tensor, next: Tensor, slots: Tensor
-) -> None:
-    """Fill c_i of one drop layer and start the next; see `reference.save_between`."""
-    if hidden.is_cuda:
-        from lora_drop_vllm.kernels.triton_state import save_state_triton
-
-        save_state_triton(hidden, residual, done, slots, gate, next)
-        return
-    reference.save_between(hidden, residual, done, gate, next, slots)
+    reference.save_changes(hidden, residual, states, gates, slots)
 
 
 def compact_slots(

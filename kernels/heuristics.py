@@ -58,7 +58,7 @@ def update_launch(rows: int, d: int, r: int, itemsize: int) -> Launch:
     """The launch of one update: `rows` rows, A [r, d] and B [d, r] of `itemsize` bytes a number."""
     if rows <= FEW_ROWS and d * r * itemsize <= ONE_LAUNCH_BYTES:
         return one_launch(rows, d, r, itemsize)
-    return split_launch(rows, d, r)
+    return split_launch(rows, d, r, itemsize)
 
 
 def one_launch(rows: int, d: int, r: int, itemsize: int) -> Launch:
@@ -68,9 +68,9 @@ def one_launch(rows: int, d: int, r: int, itemsize: int) -> Launch:
     return Launch(False, 1, min(max(block_d, 64), 512), block_k, 8)
 
 
-def split_launch(rows: int, d: int, r: int) -> Launch:
+def split_launch(rows: int, d: int, r: int, itemsize: int) -> Launch:
     """An update in two launches; in a run every further layer costs one, see `triton_run`."""
-    block_d = min(power_of_2(d), 256 if r <= 64 else 128)
+    block_d = min(power_of_2(d), (512 if r <= 64 else 256) // itemsize)
     if rows <= FEW_ROWS:
         return Launch(True, 1, block_d, block_d, 4)
     return Launch(True, DOT_ROWS, block_d, block_d, 8)
@@ -87,7 +87,7 @@ def run_launch(layers: int, rows: int, d: int, r: int, itemsize: int) -> Chain |
         return update_launch(rows, d, r, itemsize)
     if d * r <= CHAIN_SIZE and rows <= CHAIN_ROWS:
         return chain_launch(d, r, itemsize)
-    return split_launch(rows, d, r)
+    return split_launch(rows, d, r, itemsize)
 
 
 def chain_launch(d: int, r: int, itemsize: int) -> Chain:

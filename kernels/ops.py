@@ -46,20 +46,16 @@ def _like_x(x: Tensor, *args: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def _save_input(hidden: Tensor, residual: Tensor, state: Tensor, slots: Tensor) -> None:
-    kernels.save_input(hidden, residual, state, slots[: hidden.shape[0]])
-
-
-def _save_output(
-    hidden: Tensor, residual: Tensor, state: Tensor, slots: Tensor, gate: Tensor | None
+def _save_stream(
+    hidden: Tensor, residual: Tensor, states: Tensor, site: int, slots: Tensor
 ) -> None:
-    kernels.save_output(hidden, residual, state, slots[: hidden.shape[0]], gate)
+    kernels.save_stream(hidden, residual, states, site, slots[: hidden.shape[0]])
 
 
-def _save_between(
-    hidden: Tensor, residual: Tensor, done: Tensor, gate: Tensor, next: Tensor, slots: Tensor
+def _save_changes(
+    hidden: Tensor, residual: Tensor, states: Tensor, gates: Tensor, slots: Tensor
 ) -> None:
-    kernels.save_between(hidden, residual, done, gate, next, slots[: hidden.shape[0]])
+    kernels.save_changes(hidden, residual, states, gates, slots[: hidden.shape[0]])
 
 
 def _nothing(*args: object) -> None:
@@ -88,27 +84,19 @@ _register(
     _like_x,
 )
 _register(
-    "save_input",
-    "(Tensor hidden, Tensor residual, Tensor(a!) state, Tensor slots) -> ()",
-    _save_input,
+    "save_stream",
+    "(Tensor hidden, Tensor residual, Tensor(a!) states, int site, Tensor slots) -> ()",
+    _save_stream,
     _nothing,
 )
 _register(
-    "save_output",
-    "(Tensor hidden, Tensor residual, Tensor(a!) state, Tensor slots, Tensor? gate) -> ()",
-    _save_output,
-    _nothing,
-)
-_register(
-    "save_between",
-    "(Tensor hidden, Tensor residual, Tensor(a!) done, Tensor gate, Tensor(b!) next, Tensor slots)"
-    " -> ()",
-    _save_between,
+    "save_changes",
+    "(Tensor hidden, Tensor residual, Tensor(a!) states, Tensor gates, Tensor slots) -> ()",
+    _save_changes,
     _nothing,
 )
 
 drop_run = torch.ops.lora_drop.drop_run  # a run of layers, stacked
 drop_run_back = torch.ops.lora_drop.drop_run_back
-save_input = torch.ops.lora_drop.save_input
-save_output = torch.ops.lora_drop.save_output
-save_between = torch.ops.lora_drop.save_between
+save_stream = torch.ops.lora_drop.save_stream
+save_changes = torch.ops.lora_drop.save_changes

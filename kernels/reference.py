@@ -35,17 +35,8 @@ def drop_update(
     Returns:
         [T, d] in the dtype of `x`; padding rows hold no meaning.
     """
-    low = x.float() @ A.float().T  # [T, r]
-    out = torch.mm(low, B.float().T).mul_(scale)  # [T, d]
-    if beta:
-        out.add_(x.float(), alpha=beta)
-    if state is not None:
-        out.add_(state.index_select(0, slots.clamp(min=0)).float())
-    result = out.to(x.dtype)
-    if writes_back:
-        assert state is not None
-        _scatter(state, slots, result)
-    return result
+    states = None if state is None else state[None]
+    return drop_run(x, states, slots, A[None], B[None], scale, beta, writes_back)
 
 
 def drop_run(
@@ -72,62 +63,50 @@ def drop_run(
     Returns:
         [T, d] output of the last layer; padding rows hold no meaning.
     """
-    for i in range(len(A)):
-        state = None if states is None else states[i]
-        x = drop_update(x, state, slots, A[i], B[i], scale, beta, writes_back)
-    return x
+    kept = None
+    if states is not None:
+        kept = states.index_select(1, slots.clamp(min=0)).float()  # [L, T, d]
+    result = x
+    for i, (down, up) in enumerate(zip(A.float().mT.unbind(), B.float().mT.unbind())):
+        x = result.float()
+        out = x * beta if kept is None else torch.add(kept[i], x, alpha=beta)
+        result = out.addmm_(x @ down, up, alpha=scale).to(result.dtype)
+        if writes_back:
+            assert states is not None
+            _scatter(states[i], slots, result)
+    return result
 
 
-def save_input(hidden: Tensor, residual: Tensor, state: Tensor, slots: Tensor) -> None:
-    """state[slot] = x_a^{i-1} = hidden + residual, for rows that own a slot; the rest untouched.
+def save_stream(hidden: Tensor, residual: Tensor, states: Tensor, site: int, slots: Tensor) -> None:
+    """states[site, slot] = x_a = hidden + residual for rows that own a slot; the rest untouched.
+
+    Behind a site that is its c_i (`previous`, `anchor`); in front of it, what `save_changes` needs.
 
     Args:
-        hidden, residual: [T, d]  what enters the layer
-        state:            [S, d]
+        hidden, residual: [T, d]
+        states:           [L, S, d]  of consecutive sites
         slots:            [T]
     """
-    rows = slots.ge(0).nonzero().squeeze(1)
-    x = hidden.index_select(0, rows) + residual.index_select(0, rows)
-    state.index_copy_(0, slots.index_select(0, rows), x.to(state.dtype))
+    owners, x = _last(hidden, residual, slots)
+    states[site].index_copy_(0, owners, x)
 
 
-def save_output(
-    hidden: Tensor, residual: Tensor, state: Tensor, slots: Tensor, gate: Tensor | None
+def save_changes(
+    hidden: Tensor, residual: Tensor, states: Tensor, gates: Tensor, slots: Tensor
 ) -> None:
-    """Fill c_i after a full step, from what leaves the layer.
-
-    Without a gate (`previous`, `anchor`) c_i = x_a^i. With one (`update`) the state must hold
-    x_a^{i-1} (`save_input`), and c_i = gate * (x_a^i - x_a^{i-1}), computed in fp32.
+    """c_i = g_i * (x_a^i - x_a^{i-1}) of L consecutive sites after a full step (`update`).
 
     Args:
-        hidden, residual: [T, d]  what leaves the layer
-        state:            [S, d]
-        slots:            [T]
-        gate:             [d] or None
-    """
-    rows = slots.ge(0).nonzero().squeeze(1)
-    owners = slots.index_select(0, rows)
-    x = hidden.index_select(0, rows) + residual.index_select(0, rows)
-    if gate is not None:
-        x = gated_change(state.index_select(0, owners), x, gate)
-    state.index_copy_(0, owners, x.to(state.dtype))
-
-
-def save_between(
-    hidden: Tensor, residual: Tensor, done: Tensor, gate: Tensor, next: Tensor, slots: Tensor
-) -> None:
-    """Between two drop layers in a full step (`update`): fill c_i of one, start the other.
-
-    With x_a^i = hidden + residual: done[slot] = gate * (x_a^i - done[slot]), next[slot] = x_a^i.
-
-    Args:
-        hidden, residual: [T, d]  what leaves the one layer and enters the other
-        done, next:       [S, d]  their states; `done` holds x_a^{i-1}
-        gate:             [d]     of the layer that is done
+        hidden, residual: [T, d]     what leaves the last site
+        states:           [L, S, d]  hold x_a^{i-1} of each site (`save_stream`); replaced by c_i
+        gates:            [L, d]
         slots:            [T]
     """
-    save_output(hidden, residual, done, slots, gate)
-    save_input(hidden, residual, next, slots)
+    owners, x = _last(hidden, residual, slots)
+    before = states.index_select(1, owners)  # [L, M, d]
+    after = torch.cat([before[1:], x[None]])
+    change = gated_change(before, after, gates[:, None])
+    states.index_copy_(1, owners, change.to(states.dtype))
 
 
 def compact_slots(
@@ -162,8 +141,15 @@ def compact_slots(
 
 
 def gated_change(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
-    """gate * (x_a^i - x_a^{i-1}) in fp32, what `update` keeps; [..., d] each, gate [d]."""
-    return gate.float() * (after.float() - before.float())
+    """gate * (x_a^i - x_a^{i-1}) in fp32, what `update` keeps; [..., d] each."""
+    return after.float().sub(before).mul_(gate)
+
+
+def _last(hidden: Tensor, residual: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots of the rows that own one, [M], and the stream hidden + residual there, [M, d]."""
+    rows = slots.ge(0).nonzero().squeeze(1)
+    x = hidden.index_select(0, rows).add_(residual.index_select(0, rows))
+    return slots.index_select(0, rows), x
 
 
 def _scatter(state: Tensor, slots: Tensor, rows: Tensor) -> None:

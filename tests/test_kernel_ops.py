@@ -20,7 +20,7 @@ from test_kernels import (
     framed,
     make_inputs,
     one_layer,
-    save_state,
+    triton_state,
 )
 from torch import Tensor
 
@@ -34,52 +34,32 @@ NAN = float("nan")
 
 @pytest.mark.parametrize(("T", "d"), [(1, 64), (9, 100), (4, 2049)])
 @pytest.mark.parametrize("dtype", TOL, ids=str)
-@pytest.mark.parametrize("gated", [False, True])
-def test_save_state_matches_reference(T: int, d: int, dtype: torch.dtype, gated: bool) -> None:
-    given = one_layer(make_inputs(T, d, 1, dtype))
-    slots = given["slots"].clone()
-    slots[::3] = -1
-    slots[-1] = given["slots"][-1]
-    before, after, residual = (torch.randn(T, d, device=DEVICE).to(dtype) for _ in range(3))
-    gate = torch.rand(d, device=DEVICE).to(dtype) if gated else None
-    states = [framed(given["state"]) for _ in range(2)]
-    if gated:
-        reference.save_input(before, residual, states[0], slots)
-        save_state(before, residual, states[1], slots)
-    reference.save_output(after, residual, states[0], slots, gate)
-    save_state(after, residual, states[1], slots, gate)
-    torch.testing.assert_close(states[1], states[0], equal_nan=True, rtol=0, atol=0)
-    assert frame_is_intact(states[1])
-    owners = slots[slots >= 0]
-    change = after[slots >= 0] + residual[slots >= 0]
-    if gate is not None:
-        start = before[slots >= 0] + residual[slots >= 0]
-        change = (gate.float() * (change.float() - start.float())).to(dtype)
-    torch.testing.assert_close(states[0][owners], change)
-
-
-@pytest.mark.parametrize(("T", "d"), [(1, 64), (9, 100), (4, 2049)])
-@pytest.mark.parametrize("dtype", TOL, ids=str)
-def test_save_between_matches_reference(T: int, d: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sites", [1, 3])
+@pytest.mark.parametrize("run", [reference, triton_state], ids=["reference", "triton"])
+def test_states_of_a_full_step(T: int, d: int, dtype: torch.dtype, sites: int, run: Any) -> None:
+    """The streams in front of the sites, then the changes between; nothing else is touched."""
+    save_stream, save_changes = (
+        getattr(run, name, None) or getattr(run, f"{name}_triton")
+        for name in ("save_stream", "save_changes")
+    )
     slots = torch.randperm(T + 3, device=DEVICE)[:T]
     slots[1::3] = -1
-    owners = slots[slots >= 0]
-    hidden, residual = (torch.randn(T, d, device=DEVICE).to(dtype) for _ in range(2))
-    hidden[slots < 0] = NAN
-    gate = torch.rand(d, device=DEVICE).to(dtype)
-    before = torch.full((T + 3, d), NAN, device=DEVICE, dtype=dtype)
-    before[owners] = torch.randn(len(owners), d, device=DEVICE).to(dtype)
-    unset = torch.full_like(before, NAN)
-    want, got = ((framed(before), framed(unset)) for _ in range(2))
-    reference.save_between(hidden, residual, want[0], gate, want[1], slots)
-    save_state(hidden, residual, got[0], slots, gate, got[1])
-    for ours, theirs in zip(got, want):
-        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=0, atol=0)
-        assert ours[owners].isfinite().all() and ours.isnan().any() and frame_is_intact(ours)
-    x = hidden[slots >= 0] + residual[slots >= 0]
-    assert torch.equal(got[1][owners], x)
-    change = gate.float() * (x.float() - before[owners].float())
-    torch.testing.assert_close(want[0][owners], change.to(dtype), rtol=0, atol=0)
+    owned = slots >= 0
+    residual, *streams = (torch.randn(T, d, device=DEVICE).to(dtype) for _ in range(sites + 2))
+    for part in (residual, *streams):
+        part[~owned] = NAN
+    states = framed(torch.full((sites, T + 3, d), NAN, device=DEVICE, dtype=dtype))
+    for site in range(sites):
+        save_stream(streams[site], residual, states, site, slots)
+        assert torch.equal(states[site][slots[owned]], (streams[site] + residual)[owned])
+    gates = torch.rand(sites, d, device=DEVICE).to(dtype)
+    save_changes(streams[-1], residual, states, gates, slots)
+    x = [(stream + residual).float() for stream in streams]
+    for site in range(sites):
+        want = (gates[site].float() * (x[site + 1] - x[site])).to(dtype)
+        assert torch.equal(states[site][slots[owned]], want[owned])
+    unowned = sorted(set(range(T + 3)) - set(slots.tolist()))
+    assert states[:, unowned].isnan().all() and frame_is_intact(states)
 
 
 @pytest.mark.parametrize("run", ["reference", "triton"])
@@ -131,7 +111,9 @@ def test_an_empty_batch_is_no_error() -> None:
         assert update(**given | none | {"x": given["x"][:0]}).shape == (0, 64)
     for update in (reference.drop_run, drop_run):
         assert update(**run | none | {"x": run["x"][:0]}).shape == (0, 64)
-    save_state(given["x"][:0], given["x"][:0], given["state"], none["slots"])
+    empty, states = given["x"][:0], run["states"]
+    triton_state.save_stream_triton(empty, empty, states, 0, none["slots"])
+    triton_state.save_changes_triton(empty, empty, states, states[:, 0], none["slots"])
 
 
 def test_the_launch_table() -> None:
@@ -169,17 +151,14 @@ def op_arguments(name: str) -> tuple[Any, ...]:
     states = given["states"].nan_to_num()
     if name.startswith("drop_run"):
         return (x, states, slots, given["A"], given["B"], 0.5, 1.0, x)
-    gate = torch.rand(32, device=DEVICE)
+    gates = torch.rand(2, 32, device=DEVICE)
     return {
-        "save_input": (x, x, states[0], slots),
-        "save_output": (x, x, states[0], slots, gate),
-        "save_between": (x, x, states[0], gate, states[1], slots),
+        "save_stream": (x, x, states, 1, slots),
+        "save_changes": (x, x, states, gates, slots),
     }[name]
 
 
-@pytest.mark.parametrize(
-    "name", ["drop_run", "drop_run_back", "save_input", "save_output", "save_between"]
-)
+@pytest.mark.parametrize("name", ["drop_run", "drop_run_back", "save_stream", "save_changes"])
 def test_operators(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.lora_drop, name).default, op_arguments(name))
 
@@ -200,7 +179,7 @@ def test_operators_take_the_whole_slot_buffer() -> None:
 
 
 def test_importing_the_triton_kernels_leaves_the_package_functions_alone() -> None:
-    for name in ("drop_update", "drop_run", "save_input", "save_output", "save_between"):
+    for name in ("drop_update", "drop_run", "save_stream", "save_changes"):
         assert callable(getattr(kernels, name))
     assert callable(kernels.compact_slots)
 
@@ -255,7 +234,8 @@ def test_sanitized_kernels() -> None:
     for launch in RUN_LAUNCHES.values():
         drop_run(**given, **rest, launch=launch)
     x, states, slots = given["x"], given["states"], given["slots"]
-    save_state(x, x, states[0], slots, torch.ones_like(x[0]), states[1])
+    triton_state.save_stream_triton(x, x, states, 1, slots)
+    triton_state.save_changes_triton(x, x, states, torch.ones_like(states[:, 0]), slots)
     starts, lens, table = (torch.arange(n, device=DEVICE, dtype=torch.int32) for n in (18, 17, 17))
     compact = triton_slots.compact_slots_triton
     compact(starts, lens, table[:, None].expand(17, 3).contiguous(), slots, lens.clone(), 7)

@@ -16,7 +16,7 @@ from lora_drop_vllm.kernels.heuristics import Chain, Launch
 
 drop_update = pytest.importorskip("lora_drop_vllm.kernels.triton_update").drop_update_triton
 drop_run = pytest.importorskip("lora_drop_vllm.kernels.triton_run").drop_run_triton
-save_state = pytest.importorskip("lora_drop_vllm.kernels.triton_state").save_state_triton
+triton_state = pytest.importorskip("lora_drop_vllm.kernels.triton_state")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOL: dict[torch.dtype, dict[str, float]] = {

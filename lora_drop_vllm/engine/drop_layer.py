@@ -22,42 +22,34 @@ from lora_drop_vllm.method.adapter import tensor_prefix
 from lora_drop_vllm.method.reuse import REUSE, SITES, Reuse
 
 
-class Site(nn.Module):
-    """One injection point of a drop layer in a full step: fills its state c_i.
+class KeptStates(nn.Module):
+    """The states c_i of L consecutive sites, as full steps fill them.
 
     Buffers (not in the state dict: dummy weights must not overwrite them):
-        state: [max_requests, d]  c_i by request slot, a view of the worker's buffer
+        states: [L, max_requests, d]  c_i by request slot, a view of the worker's buffer
         slots: [max_tokens]  the worker's row-to-slot map
-        gate: [d], only where the rule takes a difference
-        next_state: [max_requests, d]  of a site that begins where this one ends, likewise
+        gates: [L, d], only where the rule takes a difference
     """
 
-    opens = True  # no other site ends where this one begins
-
-    def __init__(self, rule: Reuse, state: Tensor, slots: Tensor, gate: Tensor | None) -> None:
+    def __init__(self, rule: Reuse, states: Tensor, slots: Tensor, gates: Tensor | None) -> None:
         super().__init__()
         self.rule = rule
-        self.register_buffer("state", state, persistent=False)
+        self.register_buffer("states", states, persistent=False)
         self.register_buffer("slots", slots, persistent=False)
-        self.register_buffer("gate", None if gate is None else gate.to(state), persistent=False)
-        self.register_buffer("next_state", None, persistent=False)
+        self.register_buffer("gates", None if gates is None else gates.to(states), persistent=False)
 
-    def precede(self, following: Site) -> None:
-        """Let this site's end be the beginning of another in the same launch."""
+    def enter(self, hidden: Tensor, residual: Tensor, site: int) -> None:
+        """The stream in front of a site."""
         if self.rule.difference:
-            self.next_state, following.opens = following.state, False
+            ops.save_stream(hidden, residual, self.states, site, self.slots)
 
-    def enter(self, hidden: Tensor, residual: Tensor) -> None:
-        """Keep the stream before the site, where the rule takes a difference."""
-        if self.rule.difference and self.opens:
-            ops.save_input(hidden, residual, self.state, self.slots)
-
-    def leave(self, hidden: Tensor, residual: Tensor) -> None:
-        """Fill c_i from the stream behind the site."""
-        if self.next_state is not None:
-            ops.save_between(hidden, residual, self.state, self.gate, self.next_state, self.slots)
-        elif self.rule.keeps_state:
-            ops.save_output(hidden, residual, self.state, self.slots, self.gate)
+    def leave(self, hidden: Tensor, residual: Tensor, site: int) -> None:
+        """The stream behind a site; of differences, all are taken behind the last."""
+        if not self.rule.difference:
+            if self.rule.keeps_state:
+                ops.save_stream(hidden, residual, self.states, site, self.slots)
+        elif site == len(self.states) - 1:
+            ops.save_changes(hidden, residual, self.states, self.gates, self.slots)
 
 
 class DropRun(nn.Module):
@@ -112,12 +104,14 @@ class DropLayer(nn.Module):
     """Mixed into vLLM's decoder layer by `make_drop_layers`; knows both kinds of step.
 
     Attributes:
-        sites: the layer's injection points
+        kept: the states of the layer's sites, and of the sites around them
+        sites: the layer's own places among them
         run: the update of the sites from this layer on; None where an earlier layer's covers it
         kv_proj: under `kv: write`, what LoRA steps still compute of the layer
     """
 
-    sites: nn.ModuleList
+    kept: KeptStates
+    sites: range
     run: DropRun | None
     kv_proj: KVProjection | None
 
@@ -125,9 +119,9 @@ class DropLayer(nn.Module):
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Full step: f^i, and the states filled at each request's last token."""
-        self.sites[0].enter(hidden_states, residual)
+        self.kept.enter(hidden_states, residual, self.sites[0])
         hidden_states, residual = super().forward(positions, hidden_states, residual)
-        self.sites[-1].leave(hidden_states, residual)
+        self.kept.leave(hidden_states, residual, self.sites[-1])
         return hidden_states, residual
 
     def lora_step(
@@ -187,47 +181,49 @@ def make_drop_layers(
         states: [sites of all drop layers in their order, max_requests, d]
         slots: [max_tokens]
     """
+    per_layer = len(SITES[config.injection])
+    rule = REUSE[config.reuse]
+
+    def part(name: str, sites: range) -> Tensor:
+        return torch.stack([_tensor(name, config, tensors, site) for site in sites])
+
+    for run in _runs(config.drop_layers):
+        sites = range(run.start * per_layer, run.stop * per_layer)
+        own_states = states[sites.start : sites.stop]
+        gates = part("gate", sites) if rule.difference else None
+        kept = KeptStates(rule, own_states, slots, gates)
+        for n, place in enumerate(run):
+            _drop(layers[config.drop_layers[place]], kept, n, config)
+        # under `kv: write` a layer's own input is needed for its K and V: no run goes through
+        step = len(sites) if config.kv_skips else per_layer
+        for start in range(0, len(sites), step):
+            updated = sites[start : start + step]
+            matrices = (part(f"lora_{m}.weight", updated) for m in "AB")
+            layer = layers[config.drop_layers[updated.start // per_layer]]
+            layer.run = DropRun(config, *matrices, states[updated.start : updated.stop], slots)
+
+
+def _drop(layer: Any, kept: KeptStates, n: int, config: LoRADropConfig) -> None:
+    """Turn one layer, the n-th of its run, into a drop layer."""
     names = SITES[config.injection]
-    before: Site | None = None
-    for n, index in enumerate(config.drop_layers):
-        layer = layers[index]
-        layer.__class__ = _DROP_CLASSES[type(layer)]
-        own = range(n * len(names), (n + 1) * len(names))
-        layer.sites = nn.ModuleList(
-            Site(REUSE[config.reuse], states[j], slots, _tensor("gate", config, tensors, j))
-            for j in own
-        )
-        if index - 1 not in config.drop_layers:
-            before = None
-        for site in layer.sites:
-            if before is not None:
-                before.precede(site)
-            before = site
-        if len(names) == 2:
-            layer.post_attention_layernorm.register_forward_pre_hook(_between_sites(*layer.sites))
-        layer.run, layer.kv_proj = None, None
-        if not config.kv_skips:
-            _write_kv_in_lora_steps(layer)
-    for run in _runs(config):
-        j = slice(run[0] * len(names), (run[-1] + 1) * len(names))
-        A, B = (
-            torch.stack([_tensor(m, config, tensors, i) for i in range(j.start, j.stop)])
-            for m in ("lora_A.weight", "lora_B.weight")
-        )
-        layers[config.drop_layers[run[0]]].run = DropRun(config, A, B, states[j], slots)
+    layer.__class__ = _DROP_CLASSES[type(layer)]
+    layer.kept, layer.sites = kept, range(n * len(names), (n + 1) * len(names))
+    layer.run, layer.kv_proj = None, None
+    if len(names) == 2:
+        hook = _between_sites(kept, *layer.sites)
+        layer.post_attention_layernorm.register_forward_pre_hook(hook)
+    if not config.kv_skips:
+        _write_kv_in_lora_steps(layer)
 
 
-def _runs(config: LoRADropConfig) -> list[list[int]]:
-    """Places in `drop_layers`, those together that update in one call.
-
-    Neighbours do, unless each layer's own input is needed for its K and V.
-    """
-    runs: list[list[int]] = []
-    for n, index in enumerate(config.drop_layers):
-        if config.kv_skips and n and config.drop_layers[n - 1] == index - 1:
-            runs[-1].append(n)
+def _runs(drop_layers: Sequence[int]) -> list[range]:
+    """Places in `drop_layers`, those of neighbouring layers together."""
+    runs: list[range] = []
+    for place, index in enumerate(drop_layers):
+        if place and drop_layers[place - 1] == index - 1:
+            runs[-1] = range(runs[-1].start, place + 1)
         else:
-            runs.append([n])
+            runs.append(range(place, place + 1))
     return runs
 
 
@@ -242,24 +238,22 @@ def _write_kv_in_lora_steps(layer: Any) -> None:
     layer.kv_layer_name = _encode_layer_name(attention.attn.layer_name)
 
 
-def _between_sites(attn: Site, mlp: Site) -> Any:
+def _between_sites(kept: KeptStates, attn: int, mlp: int) -> Any:
     """Hook before the norm behind attention: where one site ends and the next begins."""
 
     def save(module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
         if len(args) == 2:
-            attn.leave(*args)
-            mlp.enter(*args)
+            kept.leave(*args, attn)
+            kept.enter(*args, mlp)
 
     return save
 
 
 def _tensor(
     name: str, config: LoRADropConfig, tensors: dict[str, Tensor] | None, site: int
-) -> Tensor | None:
-    """An adapter tensor of the site at this place of all; None for a gate that the rule lacks."""
+) -> Tensor:
+    """An adapter tensor of the site at this place of all."""
     d, r = config.hidden_size, config.rank
-    if name == "gate" and not REUSE[config.reuse].difference:
-        return None
     if tensors is None:
         shapes = {"lora_A.weight": (r, d), "lora_B.weight": (d, r), "gate": (d,)}
         return torch.full(shapes[name], float(name == "gate"))
