@@ -12,6 +12,7 @@ from typing import Any
 import record
 
 from lora_drop_vllm.method.cost import kv_saving
+from lora_drop_vllm.offline.significance import Comparison, MeanLoss
 
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
 BEGIN, END = "<!-- rendered by benchmarks/quality_tables.py -->", "<!-- end -->"
@@ -79,12 +80,23 @@ def _saved(r: Record) -> str:
     return f"{kv_saving(NUM_LAYERS, len(r['metrics']['drop_layers']), r['settings']['k']):.1%}"
 
 
-def _accuracy(r: Record) -> str:
-    marks = [task["accuracy"] for task in r["metrics"]["tasks"]]
-    if not marks:
-        return "–"
-    shares = [sum(m[name] for m in marks) / len(marks) for name in ("share", "base")]
-    return f"{shares[0]:.1%} (base {shares[1]:.1%})"
+def _questions(records: Sequence[Record]) -> list[str]:
+    """Accuracy task by task, and the mean loss over all, of the adapters that were asked."""
+    lines = ["| adapter | task | questions | accuracy | base | loss, points | p |"]
+    lines.append("|" + " --- |" * 7)
+    for r in records:
+        name, tasks = r["settings"]["adapter"], r["metrics"]["tasks"]
+        marks = [Comparison(**task["accuracy"]) for task in tasks]
+        lines += [
+            f"| {name} | {task['task']} | {task['examples']} | {m.share:.1%} | {m.base:.1%} "
+            f"| {100 * m.loss:.1f} ± {100 * m.loss_se:.1f} | {m.p_value:.2g} |"
+            for task, m in zip(tasks, marks)
+        ]
+        mean = MeanLoss.of(marks)
+        interval = f"{100 * mean.low:.1f} to {100 * mean.high:.1f}"
+        mean_loss = f"{100 * mean.loss:.1f} ({interval})"
+        lines.append(f"| {name} | mean of {mean.tasks} | | | | {mean_loss} | |")
+    return lines
 
 
 def by(*names: str) -> Callable[[Record], list[Any]]:
@@ -92,19 +104,25 @@ def by(*names: str) -> Callable[[Record], list[Any]]:
     return lambda r: [r["settings"][name] for name in names]
 
 
+def last_of_each(records: Sequence[Record]) -> list[Record]:
+    """The last record of each adapter, by name."""
+    last = {r["settings"]["adapter"]: r for r in records}
+    return [last[name] for name in sorted(last)]
+
+
 def sections() -> list[str]:
     """All tables, with their headings."""
-    shipped = [r for r in record.newest("quality") if "adapter" in r["settings"]]
+    finished = [r for r in record.newest("quality") if "adapter" in r["settings"]]
+    asked = [r for r in finished if r["metrics"]["tasks"]]
     grid = sorted(fitted(), key=by("rho", "k"))
     rank = sorted(fitted(rho=0.25, k=3, rank=None, tokens=None), key=by("tokens", "rank"))
     choice = fitted(rho=0.25, k=3, layers=None)
     injection = fitted(rho=0.5, k=2, injection=None)
     drop = ("drop layers", _drop_layers)
     lines = ["### Adapters that come with the package", ""]
-    lines += table(
-        sorted(shipped, key=by("adapter")),
-        [setting("adapter"), drop, *QUALITY, ("mean accuracy of the tasks", _accuracy)],
-    )
+    lines += table(last_of_each(finished), [setting("adapter"), drop, *QUALITY])
+    lines += ["", "### Questions answered under the schedule", ""]
+    lines += _questions(last_of_each(asked))
     lines += ["", "### ρ and k (the paper's Table III)", ""]
     speed = ("speed-up, of ideal", _speed)
     lines += table(

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "robustness.md"
 BEGIN, END = "<!-- rendered by benchmarks/robustness.py -->", "<!-- end -->"
 SUITES = {
+    "scheduler": "--effort 50 tests/test_scheduler_model.py",
+    "workloads": "--effort 30 tests/test_random_workloads.py",
+    "untrusted": "--effort 50 tests/test_untrusted.py",
     "faults": "tests/test_faults.py",
     "full_disk": "tests/test_disk_full.py",
     "killed_trainers": "tests/test_processes.py",
@@ -36,8 +40,8 @@ def command_of(suite: str) -> str:
     return f"pytest --matrix {SUITES[suite]}"
 
 
-def run(suite: str) -> dict[str, int]:
-    """Run a suite and count its tests by how they ended."""
+def run(suite: str) -> dict[str, Any]:
+    """Run a suite; count its tests by how they ended, and what they say they tried."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
@@ -46,13 +50,17 @@ def run(suite: str) -> dict[str, int]:
             [str(Path(sys.executable).with_name(program)), *arguments, f"--junitxml={report}"],
             cwd=ROOT,
         )
-        counts = ElementTree.parse(report).getroot()[0].attrib
+        found = ElementTree.parse(report).getroot()[0]
+    counts, tried = found.attrib, Counter[str]()
+    for entry in found.iter("property"):
+        tried[entry.attrib["name"]] += int(entry.attrib["value"])
     failed, skipped = int(counts["failures"]) + int(counts["errors"]), int(counts["skipped"])
     return {
         "passed": max(int(counts["tests"]) - failed - skipped, 0),
         "failed": failed,
         "skipped": skipped,
         "seconds": round(time.monotonic() - began),
+        "tried": dict(tried),
     }
 
 
@@ -62,7 +70,12 @@ def rows() -> list[str]:
     for r in record.newest("robustness"):
         m = r["metrics"]
         outcome = ", ".join(f"{m[n]} {n}" for n in ("passed", "failed", "skipped") if m[n])
-        lines.append(_row(f"{command_of(r['settings']['suite'])}", outcome, r))
+        outcome += f" in {m['seconds']} s"
+        if tried := m["tried"]:
+            outcome += "; " + ", ".join(
+                f"{n:,} {what.replace('_', ' ')}" for what, n in tried.items()
+            )
+        lines.append(_row(command_of(r["settings"]["suite"]), outcome, r))
     for r in record.newest("soak"):
         m, minutes = r["metrics"], r["settings"]["minutes"]
         outcome = (

@@ -125,6 +125,7 @@ def test_every_request_gets_the_oracles_tokens(
     name: str,
     effort: int,
     first_seed: int,
+    record_property: Any,
 ) -> None:
     given, family, args = SETTINGS[name]
     config, tensors = make_adapter(tmp_path, models[family], drop_layers=[3, 5], **given)
@@ -145,6 +146,8 @@ def test_every_request_gets_the_oracles_tokens(
             check_all_released(engine)
     assert restarts or V2, "the pool was large enough for all"
     jobs = random_jobs(first_seed, config.k, sampled=True)
+    record_property("requests", REQUESTS * len(numbers))
+    record_property("preemptions", restarts)
     answers = []
     for _ in range(2):
         assert engine.llm.reset_prefix_cache()

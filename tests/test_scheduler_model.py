@@ -175,7 +175,9 @@ def answer(prompt: list[int], most: int) -> list[int]:
     return tokens
 
 
-def test_random_lives_keep_the_rules(dry: Any, effort: int, first_seed: int, capsys: Any) -> None:
+def test_random_lives_keep_the_rules(
+    dry: Any, effort: int, first_seed: int, capsys: Any, record_property: Any
+) -> None:
     seen: Counter[str] = Counter()
     rules = settings(
         max_examples=100,
@@ -196,3 +198,5 @@ def test_random_lives_keep_the_rules(dry: Any, effort: int, first_seed: int, cap
         print(f"\n{dict(seen)}, seeds {first_seed} to {number - 1}")
     for what in ("lora_steps", "preemptions", "cached_tokens", "aborts"):
         assert seen[what] > STEPS // 200, f"hardly any {what}: little was tested"
+    for what, count in seen.items():
+        record_property(what, count)

@@ -149,7 +149,11 @@ def accepts(given_settings: Any) -> bool:
 
 
 def test_only_our_errors_come_out(
-    folder: Path, effort: int, first_seed: int, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    effort: int,
+    first_seed: int,
+    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, int], None],
 ) -> None:
     taken = {True: 0, False: 0}
 
@@ -184,6 +188,8 @@ def test_only_our_errors_come_out(
         print(f"\n{sum(taken.values())} inputs, {taken[True]} of them valid")
     assert sum(taken.values()) >= 0.95 * total
     assert taken[True] > 0.01 * total and taken[False] > 0.5 * total
+    record_property("inputs", sum(taken.values()))
+    record_property("valid_inputs", taken[True])
 
 
 @pytest.mark.parametrize("value", [10**5000, [10**5000], -(10**5000)], ids=["k", "list", "minus"])
