@@ -50,17 +50,16 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the README's CPU tables: 20 minutes on 2 cores by estimate; docs/measuring.md says how they are made
+# the README's CPU tables: 20 minutes on 2 cores; docs/measuring.md says how they are made
 bench: install
-	$(BIN)/python benchmarks/decode_latency.py --batch 1 4
-	$(BIN)/python benchmarks/decode_latency.py --model 1b --batch 1 4 --rounds 5 --tokens 33
+	$(BIN)/python benchmarks/serve_latency.py --context 32
+	$(BIN)/python benchmarks/serve_latency.py --model 1b --context 16 --tokens 17 --kv-tokens 0
 	$(BIN)/python benchmarks/kv_saving.py
-	$(BIN)/python benchmarks/serve_latency.py
-	$(BIN)/python benchmarks/serve_latency.py --model 1b --rounds 3 --tokens 33 --kv-tokens 0
 	$(BIN)/python benchmarks/record.py
 
-# what else could be served, vLLM's own clients, capacity, where a step's time goes
+# the engine alone, what else could be served, vLLM's own clients, capacity, where a step's time goes
 bench-more: install
+	$(BIN)/python benchmarks/decode_latency.py --batch 1 4 --prompt 16
 	$(BIN)/python benchmarks/serve_latency.py --peers --vllm-bench --concurrency 1
 	$(BIN)/python benchmarks/capacity.py
 	$(BIN)/python benchmarks/step_breakdown.py

@@ -204,6 +204,10 @@ def test_aborted_and_refused_requests_give_everything_back(
         with pytest.raises(VLLMValidationError, match=r"lora_drop\.request_k=false"):
             params = SamplingParams(extra_args={"lora_drop_k": k})
             core.add_request("own", {"prompt_token_ids": prompt_of(9)}, params)
+    with pytest.raises(VLLMValidationError, match="streaming input"):
+        core.input_processor.process_inputs(
+            "part", {"prompt_token_ids": [3]}, SamplingParams(), ("generate",), resumable=True
+        )
     for n in range(3):
         core.add_request(
             f"r{n}", {"prompt_token_ids": prompt_of(10 + n)}, SamplingParams(max_tokens=50)

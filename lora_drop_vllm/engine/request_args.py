@@ -1,9 +1,12 @@
-"""Per-request k: `"vllm_xargs": {"lora_drop_k": N}`, checked before the request is queued.
+"""Requests that cannot be served as asked, refused before they are queued.
 
-Patches `InputProcessor._validate_params`. Reason: it is where vLLM turns bad request parameters
+Those are a bad `"vllm_xargs": {"lora_drop_k": N}`, and prompts that go on after an answer (the
+Python API's streaming input), whose tokens from LoRA steps have no KV in the drop layers.
+
+Patches `InputProcessor.process_inputs`. Reason: it is where vLLM turns bad request parameters
 into an HTTP 400 for the server and an error of the Python API alike; its plugin point for
 extra arguments is a logits processor, which would slow every step down. Removal condition: vLLM
-lets a plugin validate `extra_args` without one.
+lets a plugin validate requests without one.
 """
 
 from __future__ import annotations
@@ -41,26 +44,34 @@ def request_k(extra_args: Mapping[str, Any] | None, served_k: int, allowed: bool
 
 
 def install() -> None:
-    """Check `lora_drop_k` of every request to an engine served with `--model-impl lora_drop`."""
+    """Check every request to an engine served with `--model-impl lora_drop`."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
     from lora_drop_vllm.engine.activation import MODEL_IMPL, SETTINGS
 
-    original = InputProcessor._validate_params
+    original = InputProcessor.process_inputs
     if getattr(original, "lora_drop", False):
         return
 
     @wraps(original)
-    def validate(self: InputProcessor, params: Any, supported_tasks: Any) -> bool | None:
-        if self.model_config.model_impl == MODEL_IMPL and isinstance(params, SamplingParams):
-            served = self.vllm_config.additional_config[SETTINGS]
-            try:
-                request_k(params.extra_args, served["k"], served["request_k"])
-            except ValueError as error:
-                raise VLLMValidationError(str(error), parameter=ARGUMENT) from error
-        return original(self, params, supported_tasks)
+    def process_inputs(
+        self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.model_config.model_impl == MODEL_IMPL:
+            if kwargs.get("resumable"):
+                raise VLLMValidationError(
+                    "streaming input: --model-impl lora_drop does not support prompts that go on "
+                    "after an answer; send each turn as a request of its own."
+                )
+            if isinstance(params, SamplingParams):
+                served = self.vllm_config.additional_config[SETTINGS]
+                try:
+                    request_k(params.extra_args, served["k"], served["request_k"])
+                except ValueError as error:
+                    raise VLLMValidationError(str(error), parameter=ARGUMENT) from error
+        return original(self, request_id, prompt, params, *args, **kwargs)
 
-    validate.lora_drop = True  # type: ignore[attr-defined]
-    InputProcessor._validate_params = validate
+    process_inputs.lora_drop = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs

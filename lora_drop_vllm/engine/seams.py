@@ -22,9 +22,9 @@ SEAMS: tuple[Seam, ...] = (
     # patched attributes: reason and removal condition stand in the file that patches
     Seam("vllm.config.vllm:VllmConfig.try_verify_and_update_config", "activation.py", ("self",)),
     Seam(
-        "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         "request_args.py",
-        ("self", "params", "supported_tasks"),
+        ("self", "request_id", "prompt", "params", "resumable"),
     ),
     Seam(
         "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
