@@ -25,7 +25,7 @@ PAGE = ROOT / "docs" / "robustness.md"
 BEGIN, END = "<!-- rendered by benchmarks/robustness.py -->", "<!-- end -->"
 SUITES = {
     "scheduler": "--effort 50 tests/test_scheduler_model.py",
-    "workloads": "--effort 30 tests/test_random_workloads.py",
+    "workloads": "--effort 5 tests/test_random_workloads.py",
     "untrusted": "--effort 50 tests/test_untrusted.py",
     "faults": "tests/test_faults.py",
     "full_disk": "tests/test_disk_full.py",
