@@ -82,20 +82,20 @@ def _saved(r: Record) -> str:
 
 def _questions(records: Sequence[Record]) -> list[str]:
     """Accuracy task by task, and the mean loss over all, of the adapters that were asked."""
-    lines = ["| adapter | task | questions | accuracy | base | loss, points | p |"]
-    lines.append("|" + " --- |" * 7)
+    names = ("adapter", "task", "questions", "scored at LoRA steps", "accuracy", "base")
+    lines = ["| " + " | ".join((*names, "loss, points", "p")) + " |", "|" + " --- |" * 8]
     for r in records:
         name, tasks = r["settings"]["adapter"], r["metrics"]["tasks"]
         marks = [Comparison(**task["accuracy"]) for task in tasks]
         lines += [
-            f"| {name} | {task['task']} | {task['examples']} | {m.share:.1%} | {m.base:.1%} "
-            f"| {100 * m.loss:.1f} ± {100 * m.loss_se:.1f} | {m.p_value:.2g} |"
+            f"| {name} | {task['task']} | {task['examples']} | {task['lora_share']:.0%} "
+            f"| {m.share:.1%} | {m.base:.1%} | {100 * m.loss:.1f} ± {100 * m.loss_se:.1f} | {m.p_value:.2g} |"
             for task, m in zip(tasks, marks)
         ]
         mean = MeanLoss.of(marks)
         interval = f"{100 * mean.low:.1f} to {100 * mean.high:.1f}"
         mean_loss = f"{100 * mean.loss:.1f} ({interval})"
-        lines.append(f"| {name} | mean of {mean.tasks} | | | | {mean_loss} | |")
+        lines.append(f"| {name} | mean of {mean.tasks} | | | | | {mean_loss} | |")
     return lines
 
 
