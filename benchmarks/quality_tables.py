@@ -89,7 +89,8 @@ def _questions(records: Sequence[Record]) -> list[str]:
         marks = [Comparison(**task["accuracy"]) for task in tasks]
         lines += [
             f"| {name} | {task['task']} | {task['examples']} | {task['lora_share']:.0%} "
-            f"| {m.share:.1%} | {m.base:.1%} | {100 * m.loss:.1f} ± {100 * m.loss_se:.1f} | {m.p_value:.2g} |"
+            f"| {m.share:.1%} | {m.base:.1%} "
+            f"| {100 * m.loss:.1f} ± {100 * m.loss_se:.1f} | {m.p_value:.2g} |"
             for task, m in zip(tasks, marks)
         ]
         mean = MeanLoss.of(marks)
