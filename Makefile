@@ -50,7 +50,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the README's CPU tables: 20 minutes on 2 cores; docs/measuring.md says how they are made
+# a served model on a CPU: 20 minutes on 2 cores by estimate; docs/measuring.md says how it is done
 bench: install
 	$(BIN)/python benchmarks/serve_latency.py --context 32
 	$(BIN)/python benchmarks/serve_latency.py --model 1b --context 16 --tokens 17 --kv-tokens 0
