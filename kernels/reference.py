@@ -67,13 +67,14 @@ def drop_run(
     if states is not None:
         kept = states.index_select(1, slots.clamp(min=0)).float()  # [L, T, d]
     result = x
-    for i, (down, up) in enumerate(zip(A.float().mT.unbind(), B.float().mT.unbind())):
-        x = result.float()
-        out = x * beta if kept is None else torch.add(kept[i], x, alpha=beta)
-        result = out.addmm_(x @ down, up, alpha=scale).to(result.dtype)
-        if writes_back:
-            assert states is not None
-            _scatter(states[i], slots, result)
+    with torch.autocast(x.device.type, enabled=False):  # fp32 also where a trainer casts
+        for i, (down, up) in enumerate(zip(A.float().mT.unbind(), B.float().mT.unbind())):
+            x = result.float()
+            out = x * beta if kept is None else torch.add(kept[i], x, alpha=beta)
+            result = out.addmm_(x @ down, up, alpha=scale).to(result.dtype)
+            if writes_back:
+                assert states is not None
+                _scatter(states[i], slots, result)
     return result
 
 
