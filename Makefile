@@ -51,9 +51,10 @@ check: install
 	$(BIN)/mypy
 
 # a served model on a CPU: 20 minutes on 2 cores by estimate; docs/measuring.md says how it is done
+BENCH := $(BIN)/python benchmarks/serve_latency.py --dtype float32
 bench: install
-	$(BIN)/python benchmarks/serve_latency.py --context 32
-	$(BIN)/python benchmarks/serve_latency.py --model 1b --context 16 --tokens 17 --kv-tokens 0
+	$(BENCH) --context 32 --tokens 17 --rounds 12
+	$(BENCH) --model 1b --context 16 --tokens 9 --rounds 8 --kv-tokens 0
 	$(BIN)/python benchmarks/kv_saving.py
 	$(BIN)/python benchmarks/record.py
 

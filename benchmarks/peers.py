@@ -67,7 +67,7 @@ def run(
         "rho": round(config.rho, 4),
         "k": config.k,
         "text": given.text.name if given.text else "Python's manual",
-    } | {name: getattr(given, name) for name in ("tokens", "rounds", "compile")}
+    } | {name: getattr(given, name) for name in ("tokens", "rounds", "compile", "dtype")}
     records = []
     with ExitStack() as servers:
         flags = [lora_drop_flags(own), lora_drop_flags(skipping)]

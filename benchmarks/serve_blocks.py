@@ -98,8 +98,8 @@ def measure(
     blocks: dict[str, list[Block]] = {name: [] for name in variants}
     for n in tqdm(range(rounds + 1), desc=f"{requests} at once, context {context}"):
         asked = prompts(n, requests, context)
-        names = list(variants)
-        for name in names[n % len(names) :] + names[: n % len(names)]:  # no one is always last
+        # no one always comes behind the same other
+        for name in random.Random(n).sample(list(variants), len(variants)):
             block = run_block(variants[name], asked, tokens, f"{name} {n} {context}")
             if n:
                 blocks[name].append(block)

@@ -33,7 +33,15 @@ import vllm_bench
 from engines import SHAPES
 from serve_blocks import Variant, kv_metrics, measure, random_prompts
 from serve_figures import figures
-from servers import DEMO, Subject, fewer_layers_flags, lora_drop_flags, open_subject, server
+from servers import (
+    DEMO,
+    Subject,
+    fewer_layers_flags,
+    lora_drop_flags,
+    open_subject,
+    server,
+    side_by_side,
+)
 from stream_client import RunFailedError
 
 from lora_drop_vllm.config import LoRADropConfig
@@ -57,9 +65,10 @@ def baselines(subject: Subject, given: argparse.Namespace) -> Iterator[dict[str,
         urls = {"stock": given.stock_url, "fewer_layers": given.fewer_layers_url}
         yield {name: Variant.at(url) for name, url in urls.items() if url}
         return
-    with started(subject, given) as stock:
-        with started(subject, given, *fewer_layers_flags(subject)) as fewer:
-            yield {"stock": stock, "fewer_layers": fewer}
+    flags = {"stock": [], "fewer_layers": fewer_layers_flags(subject)}
+    print(f"Starting vllm serve: {subject.name}, and the same with half of the layers", flush=True)
+    with side_by_side([server(subject, given, *of) for of in flags.values()]) as running:
+        yield {name: Variant(at.url, at.name) for name, at in zip(flags, running, strict=True)}
 
 
 @contextlib.contextmanager
@@ -78,7 +87,7 @@ def settings_of(
     subject: Subject, given: argparse.Namespace, config: LoRADropConfig, k: int
 ) -> dict[str, Any]:
     """What a record says was run."""
-    names = ("tokens", "rounds", "kv_tokens", "compile")
+    names = ("tokens", "rounds", "kv_tokens", "compile", "dtype")
     return {
         "model": subject.name,
         "adapter": Path(subject.adapter).name if subject.adapter else None,
@@ -171,6 +180,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vllm-bench", action="store_true", help="vllm bench serve and latency beside ours")
     add("--plots", type=Path, help="folder for figures (needs matplotlib)")
     compiled = torch.cuda.is_available()
+    add("--dtype", default="auto", help="as for vLLM; auto is the model's (default)")
     add("--compile", action=argparse.BooleanOptionalAction, default=compiled, help="not eager")
     given = parser.parse_args(argv)
     if bool(given.url) != bool(given.stock_url):

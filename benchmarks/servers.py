@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,10 +118,13 @@ def engine_flags(subject: Subject, given: argparse.Namespace) -> list[str]:
     raw = subject.config
     heads = raw["num_attention_heads"]
     width = raw.get("head_dim") or raw["hidden_size"] // heads
-    per_token = 4 * raw["num_hidden_layers"] * (raw.get("num_key_value_heads") or heads) * width
+    size = 4 if given.dtype == "float32" else 2  # bytes of a number
+    kv_heads = raw.get("num_key_value_heads") or heads
+    per_token = 2 * size * raw["num_hidden_layers"] * kv_heads * width
     length = max(given.context) + max(given.tokens, given.kv_tokens) + 64
     pool = max((length + KV_SLACK) * max(given.concurrency) * per_token, 1 << 28)
     flags = ["--max-model-len", str(length), "--max-num-seqs", str(max(given.concurrency))]
+    flags += ["--dtype", given.dtype]
     flags += ["--kv-cache-memory-bytes", str(pool), "--no-enable-prefix-caching"]
     if given.compile:
         sizes = json.dumps({"cudagraph_capture_sizes": sorted(given.concurrency)})
@@ -140,3 +146,14 @@ def server(subject: Subject, given: argparse.Namespace, *flags: str) -> Server:
     """A server of the subject, not yet started."""
     arguments = [*engine_flags(subject, given), *flags]
     return Server(subject.folder, arguments, start_seconds=START_SECONDS)
+
+
+@contextlib.contextmanager
+def side_by_side(servers: Sequence[Server]) -> Iterator[Sequence[Server]]:
+    """Several servers, started at the same time: a start keeps little more than one core busy."""
+    with contextlib.ExitStack() as running:
+        for one in servers:
+            running.callback(one.stop)
+        with ThreadPoolExecutor(len(servers)) as pool:
+            list(pool.map(Server.start, servers))  # raises what a start raised
+        yield servers

@@ -117,7 +117,9 @@ def step_breakdown(r: Record) -> list[list[str]]:
 
 def _served(settings: Record) -> str:
     weights = f", adapter {settings['adapter']}" if settings["adapter"] else ", untrained"
-    return f"{settings['model']}{weights}, {'compiled' if settings['compile'] else 'eager'}"
+    dtype = settings.get("dtype", "auto")
+    how = ["compiled" if settings["compile"] else "eager", *([dtype] if dtype != "auto" else [])]
+    return f"{settings['model']}{weights}, {', '.join(how)}"
 
 
 def _times(ratio: float) -> str:
