@@ -125,7 +125,8 @@ def test_the_launch_table() -> None:
     assert update(1, 4096, 64).split and update(1, 4096, 64).block_rows == 1
     assert isinstance(run_launch(14, 64, 2048, 16, itemsize=2), Chain)
     assert isinstance(run_launch(14, 65, 2048, 16, itemsize=2), Launch)
-    assert isinstance(run_launch(14, 1, 4096, 16, itemsize=2), Launch)
+    assert isinstance(run_launch(23, 1, 5120, 16, itemsize=2), Chain)
+    assert isinstance(run_launch(14, 1, 8192, 16, itemsize=2), Launch)
     assert run_launch(1, 1, 2048, 16, itemsize=2) == update(1, 2048, 16)
 
 
