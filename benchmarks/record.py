@@ -22,6 +22,8 @@ import tables
 from lora_drop_vllm.whole_files import append_line
 
 RESULTS = Path(__file__).parent / "results"
+# of the same session, and no change of what is measured
+RECORDED = (":(top,exclude)benchmarks/results", ":(top,exclude)README.md")
 PACKAGES = ("torch", "triton", "vllm", "lora_drop_vllm")
 
 
@@ -43,10 +45,7 @@ def write(
         "machine": machine(),
         "versions": {p: _version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "commit": _git("rev-parse", "--short", "HEAD"),
-        # records of the same session are no change of what is measured
-        "dirty": bool(
-            _git("status", "--porcelain", "-uno", ":/", ":(top,exclude)benchmarks/results")
-        ),
+        "dirty": bool(_git("status", "--porcelain", "-uno", ":/", *RECORDED)),
         # of paths from a root only the last part: where they lie here helps nobody
         "argv": [Path(a).name if Path(a).is_absolute() else a for a in sys.argv],
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
