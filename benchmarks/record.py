@@ -103,15 +103,29 @@ def by_settings(*further: str) -> list[list[dict[str, Any]]]:
         for line in file.read_text().splitlines():
             record = json.loads(line)
             if "failed" not in record:
-                settings = record["settings"] | {"rounds": None}
-                key = [record[name] for name in ("benchmark", "machine", *further)]
-                found.setdefault(json.dumps([key, settings], sort_keys=True), []).append(record)
+                found.setdefault(settings_key(record, *further), []).append(record)
     return list(found.values())
 
 
+def settings_key(record: dict[str, Any], *further: str) -> str:
+    """Equal for records that `by_settings` puts together."""
+    settings = record["settings"] | {"rounds": None}
+    key = [record[name] for name in ("benchmark", "machine", *further)]
+    return json.dumps([key, settings], sort_keys=True)
+
+
+def speed_ups(records: list[dict[str, Any]]) -> list[float]:
+    """Of those that measured one."""
+    return [r["metrics"]["speed_up"] for r in records if "speed_up" in r["metrics"]]
+
+
 def newest(*benchmarks: str) -> list[dict[str, Any]]:
-    """The newest record of some benchmarks, or all, for each of their settings and machines."""
-    found = [records[-1] for records in by_settings()]
+    """The newest record of some benchmarks, or all, for each of their settings and machines.
+
+    Under `speed_ups` it has those of all runs of its settings on its commit.
+    """
+    found = [records[-1] | {"speed_ups": speed_ups(records)} for records in by_settings("commit")]
+    found = list({settings_key(r): r for r in sorted(found, key=lambda r: r["utc"])}.values())
     return [r for r in found if r["benchmark"] in benchmarks or not benchmarks]
 
 
@@ -119,7 +133,7 @@ def repeats() -> str:
     """Speed-ups that were measured more than once on one commit, and how far they lie apart."""
     lines = []
     for records in by_settings("commit"):
-        speeds = [r["metrics"]["speed_up"] for r in records if "speed_up" in r["metrics"]]
+        speeds = speed_ups(records)
         if len(speeds) > 1:
             spread = max(speeds) / min(speeds) - 1
             name, *setting = tables.TABLES[records[0]["benchmark"]][1](records[0])[0][:3]

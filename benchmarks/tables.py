@@ -58,7 +58,7 @@ def serve_latency(r: Record) -> list[list[str]]:
             *(pair(m[name]) for name in ("p50_ms", "p95_ms", "p99_ms")),
             pair(first, 0),
             pair(m["tokens_per_s"]),
-            _times(m["speed_up"]),
+            _repeated(r),
             "" if ideal is None else f"{ideal:.2f}x, {m['share_of_ideal']:.2f}",
             f"{m['k0_over_stock']:.2f}",
             saved,
@@ -124,6 +124,14 @@ def _served(settings: Record) -> str:
 
 def _times(ratio: float) -> str:
     return f"{ratio:.2f}x"
+
+
+def _repeated(r: Record) -> str:
+    """The speed-up, with the least and the most of the runs of the same commit."""
+    found, speeds = _times(r["metrics"]["speed_up"]), r.get("speed_ups", [])
+    if len(speeds) < 2:
+        return found
+    return f"{found} ({min(speeds):.2f}–{max(speeds):.2f} in {len(speeds)} runs)"
 
 
 def machine_name(r: Record) -> str:

@@ -172,6 +172,7 @@ def test_known_delays_are_reported(tmp_path: Path) -> None:
     with (tmp_path / "cpu.jsonl").open("a") as out:
         out.write(json.dumps(slower) + "\n")
     assert record.repeats().endswith("10.0% apart")
+    assert "1.07x (1.07–1.18 in 2 runs)" in tables.of(record.newest())
 
 
 def test_kv_is_read_while_a_request_runs(tmp_path: Path) -> None:
