@@ -150,10 +150,15 @@ def server(subject: Subject, given: argparse.Namespace, *flags: str) -> Server:
 
 @contextlib.contextmanager
 def side_by_side(servers: Sequence[Server]) -> Iterator[Sequence[Server]]:
-    """Several servers, started at the same time: a start keeps little more than one core busy."""
+    """Several servers, started at the same time: a start keeps little more than one core busy.
+
+    On a GPU one after the other: while it starts, each takes stock of the memory that is free.
+    """
+    import torch
+
     with contextlib.ExitStack() as running:
         for one in servers:
             running.callback(one.stop)
-        with ThreadPoolExecutor(len(servers)) as pool:
+        with ThreadPoolExecutor(1 if torch.cuda.is_available() else len(servers)) as pool:
             list(pool.map(Server.start, servers))  # raises what a start raised
         yield servers
