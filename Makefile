@@ -62,7 +62,7 @@ bench: install
 bench-more: install
 	$(BIN)/python benchmarks/decode_latency.py --batch 1 4 --prompt 16
 	$(BENCH) --peers --vllm-bench --concurrency 1 --context 32 --tokens 33
-	$(BIN)/python benchmarks/capacity.py
+	$(BIN)/python benchmarks/capacity.py --pool-mb 32 --tokens 256
 	$(BIN)/python benchmarks/step_breakdown.py
 	$(BIN)/python benchmarks/record.py
 
