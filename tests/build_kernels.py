@@ -90,8 +90,13 @@ def main() -> None:
     ints = torch.arange(4, dtype=torch.int32)
     compact_slots_triton(ints, ints[:3], ints[:3, None], torch.arange(5), ints[:3].clone(), 16)
     # rows, d, r, layers: each way that the launch table knows
-    sizes = [(1, 4096, 16, 1), (1, 576, 16, 13), (8, 5120, 16, 3), (4, 8192, 16, 3)]
-    sizes.append((32, 8192, 128, 2))
+    sizes = [
+        (1, 4096, 16, 1),
+        (1, 576, 16, 13),
+        (8, 5120, 16, 3),
+        (4, 8192, 16, 3),
+        (32, 8192, 128, 2),
+    ]
     rules = ["update", "previous", "none", "anchor"]
     for n, (dtype, size) in enumerate(product((torch.bfloat16, torch.float32), sizes)):
         launch_all(dtype, *size, rules[n % 4])
