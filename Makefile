@@ -53,15 +53,15 @@ check: install
 # a served model on a CPU: 23 minutes on 2 cores, 18 GB; docs/measuring.md says how it is done
 BENCH := $(BIN)/python benchmarks/serve_latency.py --dtype float32
 bench: install
-	$(BENCH) --context 32 --tokens 17 --rounds 12
-	$(BENCH) --model 1b --context 16 --tokens 9 --rounds 8 --kv-tokens 0
+	$(BENCH) --context 32 --tokens 9 --rounds 60
+	$(BENCH) --model 1b --context 16 --tokens 8 --rounds 18 --kv-tokens 0
 	$(BIN)/python benchmarks/kv_saving.py
 	$(BIN)/python benchmarks/record.py
 
 # the engine alone, what else could be served, vLLM's own clients, capacity, where a step's time goes
 bench-more: install
-	$(BIN)/python benchmarks/decode_latency.py --batch 1 4 --prompt 16
-	$(BENCH) --peers --vllm-bench --concurrency 1 --context 32 --tokens 33
+	$(BIN)/python benchmarks/decode_latency.py --batch 1 4 --prompt 16 --tokens 17 --rounds 25
+	$(BENCH) --peers --vllm-bench --concurrency 1 --context 32 --tokens 33 --rounds 15
 	$(BIN)/python benchmarks/capacity.py --pool-mb 32 --tokens 256
 	$(BIN)/python benchmarks/step_breakdown.py
 	$(BIN)/python benchmarks/record.py

@@ -107,22 +107,19 @@ def metrics_of(rounds: Times, layers: int, drop: list[int], k: int) -> dict[str,
     Without the variant `fewer_layers` nobody knows what a layer costs, and what follows from it is
     left out.
     """
-    typical = {
-        name: [statistics.median(t) for t in times]
-        for name, times in rounds.items()
-        if name != "lora_drop"
-    }
-    typical["lora_drop"] = [_cycle_median(times, k + 1) for times in rounds["lora_drop"]]
+    typical = {name: [cycle_mean(times, k + 1) for times in runs] for name, runs in rounds.items()}
 
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(typical[a], typical[b], strict=True))
+    def ratios(a: str, b: str) -> list[float]:
+        return [x / y for x, y in zip(typical[a], typical[b], strict=True)]
 
-    speed = ratio("stock", "lora_drop")
+    speed_ups = ratios("stock", "lora_drop")
+    speed = statistics.median(speed_ups)
     by_kind = split_by_kind(rounds["lora_drop"], k)
     lora = statistics.median(by_kind["lora"])
     found = {
         "speed_up": round(speed, 3),
-        "k0_over_stock": round(ratio("k0", "stock"), 3),
+        "speed_up_95": [round(end, 3) for end in interval_95(speed_ups)],
+        "k0_over_stock": round(statistics.median(ratios("k0", "stock")), 3),
         "lora_step_ms": round(lora, 3),
         "full_step_ms": round(statistics.median(by_kind["full"]), 3),
         "ms_per_token": {name: round(statistics.median(t), 3) for name, t in typical.items()},
@@ -130,7 +127,8 @@ def metrics_of(rounds: Times, layers: int, drop: list[int], k: int) -> dict[str,
     if "fewer_layers" not in typical:
         return found
     step = statistics.median(typical["stock"])
-    layer = (step - statistics.median(typical["fewer_layers"])) / (layers - layers // 2)
+    saved = step * (1 - statistics.median(ratios("fewer_layers", "stock")))
+    layer = saved / (layers - layers // 2)
     rest = step - layers * layer
     ideal = ideal_speed([layer] * layers, drop, k, rest)
     return found | {
@@ -162,10 +160,17 @@ def percentiles(rounds: Times) -> dict[str, dict[str, float]]:
     return found
 
 
-def _cycle_median(times: list[float], period: int) -> float:
-    """Median over all windows of one cycle of the mean time of a token."""
+def cycle_mean(times: list[float], period: int) -> float:
+    """Mean time of a token over all windows of one cycle; every variant's, so that they compare."""
     windows = range(len(times) - period + 1)
-    return statistics.median(statistics.fmean(times[i : i + period]) for i in windows)
+    return statistics.fmean(statistics.fmean(times[i : i + period]) for i in windows)
+
+
+def interval_95(values: list[float]) -> tuple[float, float]:
+    """Where the median lies with 95 % confidence: percentiles of the bootstrap's medians."""
+    drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
+    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

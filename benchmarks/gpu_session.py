@@ -81,7 +81,7 @@ def _decode(model: str, rho: str, batch: str, *lengths: str) -> tuple[str, ...]:
 def _serve(model: str) -> tuple[str, ...]:
     return (
         *(sys.executable, "benchmarks/serve_latency.py", "--model", model, "--compile"),
-        *("--concurrency", "1", "16", "--context", "1024", "--tokens", "129", "--rounds", "3"),
+        *("--concurrency", "1", "16", "--context", "1024", "--tokens", "33", "--rounds", "12"),
         *("--kv-tokens", "0"),
     )
 

@@ -12,18 +12,19 @@ import itertools
 import json
 import random
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import record
 import torch
-from serve_blocks import Prompts, Variant, measure
+from serve_blocks import Prompts, measure
 from serve_figures import Block
-from servers import Subject, lora_drop_flags
+from servers import Subject, lora_drop_flags, server
 from stream_client import Answer, RunFailedError, read_metrics
+from variants import Variant, started
 
 from lora_drop_vllm.config import LoRADropConfig
 from lora_drop_vllm.method.adapter import AdapterConfig, load_tensors, read_config, tensor_shapes
@@ -41,16 +42,10 @@ FLEXIDEPTH = {
     "why_not": "needs a trained router; its weights are not to be had for this model",
 }
 Blocks = dict[str, list[Block]]
-Start = Callable[..., AbstractContextManager[Variant]]
 
 
-def run(
-    subject: Subject, given: argparse.Namespace, stock: Variant, start: Start
-) -> list[dict[str, Any]]:
+def run(subject: Subject, given: argparse.Namespace, stock: Variant) -> list[dict[str, Any]]:
     """Measure all peers for every context and concurrency; returns the records.
-
-    Args:
-        start: starts a server of the subject with further flags
 
     Raises:
         ValueError: the text is too short.
@@ -69,12 +64,17 @@ def run(
         "text": given.text.name if given.text else "Python's manual",
     } | {name: getattr(given, name) for name in ("tokens", "rounds", "compile", "dtype")}
     records = []
-    with ExitStack() as servers:
-        flags = [lora_drop_flags(own), lora_drop_flags(skipping)]
-        flags.append(["--speculative-config", json.dumps(NGRAM)])
-        ours, skips, ngram = (servers.enter_context(start(subject, given, *f)) for f in flags)
-        variants = {"stock": stock, "lora_drop": replace(ours, k=config.k)}
-        variants |= {"skipping": replace(skips, k=never), "ngram": ngram}
+    flags = {
+        "lora_drop": lora_drop_flags(own),
+        "skipping": lora_drop_flags(skipping),
+        "ngram": ["--speculative-config", json.dumps(NGRAM)],
+    }
+    with ExitStack() as running:
+        up = started({name: server(subject, given, *of) for name, of in flags.items()}, running)
+        variants = {"stock": stock} | up
+        for name, k in (("lora_drop", config.k), ("skipping", never)):
+            variants[name] = replace(up[name], k=k)
+        ngram = up["ngram"]
         for context, requests in itertools.product(given.context, given.concurrency):
             sizes = dict(requests=requests, context=context, tokens=given.tokens)
             at = settings | {"context": context, "concurrency": requests}

@@ -1,9 +1,10 @@
 """Token latency, throughput and KV of a served model: stock vLLM, k = 0 and LoRA-Drop in turn.
 
 Starts `vllm serve` for each of them, all alive at once, and streams from one after the other in
-blocks: the machine's drift then hits all alike. Every token is stamped where it arrives. What a
-LoRA step costs at best (the ideal) comes from a further server with half of the layers. Counts at
-/metrics must show the LoRA steps that were to run; otherwise the run is recorded as failed.
+short blocks, while the others stand still: the machine's drift then hits all alike. Every token is
+stamped where it arrives. What a LoRA step costs at best (the ideal) comes from a further server
+with half of the layers. Counts at /metrics must show the LoRA steps that were to run; otherwise the
+run is recorded as failed.
 
     python benchmarks/serve_latency.py
     python benchmarks/serve_latency.py --model 1b --concurrency 1 4 16 --context 128 1024
@@ -20,7 +21,6 @@ import contextlib
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,11 @@ import record
 import tables
 import vllm_bench
 from engines import SHAPES
-from serve_blocks import Variant, kv_metrics, measure, random_prompts
+from serve_blocks import kv_metrics, measure, random_prompts
 from serve_figures import figures
-from servers import (
-    DEMO,
-    Subject,
-    fewer_layers_flags,
-    lora_drop_flags,
-    open_subject,
-    server,
-    side_by_side,
-)
+from servers import DEMO, Subject, fewer_layers_flags, lora_drop_flags, open_subject, server
 from stream_client import RunFailedError
+from variants import Variant, started
 
 from lora_drop_vllm.config import LoRADropConfig
 from lora_drop_vllm.method.cost import kv_saving
@@ -50,37 +43,14 @@ from lora_drop_vllm.method.cost import kv_saving
 GRID_RHO, GRID_K = [0.25, 0.5, 0.75], [1, 2, 3, 5]  # the paper's Tables III and IV
 
 
-@contextlib.contextmanager
-def started(subject: Subject, given: argparse.Namespace, *flags: str) -> Iterator[Variant]:
-    """A server of its own."""
-    print(f"Starting vllm serve: {subject.name} {' '.join(flags)}", flush=True)
-    with server(subject, given, *flags) as running:
-        yield Variant(running.url, running.name)
-
-
-@contextlib.contextmanager
-def baselines(subject: Subject, given: argparse.Namespace) -> Iterator[dict[str, Variant]]:
-    """Stock vLLM, and stock vLLM with half of the layers."""
-    if given.url:
-        urls = {"stock": given.stock_url, "fewer_layers": given.fewer_layers_url}
-        yield {name: Variant.at(url) for name, url in urls.items() if url}
-        return
-    flags = {"stock": [], "fewer_layers": fewer_layers_flags(subject)}
-    print(f"Starting vllm serve: {subject.name}, and the same with half of the layers", flush=True)
-    with side_by_side([server(subject, given, *of) for of in flags.values()]) as running:
-        yield {name: Variant(at.url, at.name) for name, at in zip(flags, running, strict=True)}
-
-
-@contextlib.contextmanager
-def lora_drop_server(
-    subject: Subject, given: argparse.Namespace, settings: dict[str, Any]
-) -> Iterator[Variant]:
-    """LoRA-Drop under these settings."""
-    if given.url:
-        yield Variant.at(given.url)
-        return
-    with started(subject, given, *lora_drop_flags(settings)) as running:
-        yield running
+def at_urls(given: argparse.Namespace) -> dict[str, Variant]:
+    """Servers that somebody else started."""
+    urls = {
+        "stock": given.stock_url,
+        "fewer_layers": given.fewer_layers_url,
+        "lora_drop": given.url,
+    }
+    return {name: Variant.at(url) for name, url in urls.items() if url}
 
 
 def settings_of(
@@ -100,28 +70,34 @@ def settings_of(
 
 
 def run_rho(
-    subject: Subject, given: argparse.Namespace, base: dict[str, Variant], rho: float | None
+    subject: Subject, given: argparse.Namespace, served: dict[str, Any], up: dict[str, Variant]
 ) -> list[dict[str, Any]]:
-    """All that is asked for of one drop ratio; returns the records."""
-    config = subject.resolved(subject.settings(rho, max(given.k) if given.k else None))
-    served = subject.settings(rho, config.k)
+    """All that is asked for of one drop ratio; returns the records.
+
+    Args:
+        served: settings of LoRA-Drop
+        up: servers: `stock`, `lora_drop` and, for the ideal, `fewer_layers`
+    """
+    config = subject.resolved(served)
     records = []
-    with lora_drop_server(subject, given, served) as ours:
-        sizes = itertools.product(given.context, given.concurrency, given.k or [config.k])
-        for context, requests, k in sizes:
-            variants = base | {"k0": replace(ours, k=0), "lora_drop": replace(ours, k=k)}
-            settings = settings_of(subject, given, config, k)
-            settings |= {"context": context, "concurrency": requests}
-            try:
-                metrics = run_setting(subject, given, variants, settings)
-                if given.vllm_bench:
-                    metrics["vllm_bench"] = vllm_bench.compare(
-                        subject, given, variants, served | {"k": k}, settings
-                    )
-                records.append(record.write("serve_latency", settings, metrics))
-            except RunFailedError as error:
-                print(f"FAILED: {error}", file=sys.stderr)
-                records.append(record.write("serve_latency", settings, {}, str(error)))
+    sizes = itertools.product(given.context, given.concurrency, given.k or [config.k])
+    for context, requests, k in sizes:
+        ours = {
+            name: replace(up["lora_drop"], k=own) for name, own in (("k0", 0), ("lora_drop", k))
+        }
+        variants = up | ours
+        settings = settings_of(subject, given, config, k)
+        settings |= {"context": context, "concurrency": requests}
+        try:
+            metrics = run_setting(subject, given, variants, settings)
+            if given.vllm_bench:
+                metrics["vllm_bench"] = vllm_bench.compare(
+                    subject, given, variants, served | {"k": k}, settings
+                )
+            records.append(record.write("serve_latency", settings, metrics))
+        except RunFailedError as error:
+            print(f"FAILED: {error}", file=sys.stderr)
+            records.append(record.write("serve_latency", settings, {}, str(error)))
     return records
 
 
@@ -169,9 +145,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--grid", action="store_true", help=f"rho {GRID_RHO} by k {GRID_K}")
     add("--concurrency", type=int, nargs="+", default=[1, 4], help="requests at once")
     add("--context", type=int, nargs="+", default=[128], help="prompt tokens")
-    add("--tokens", type=int, default=49, help="generated by a request of a block")
+    add("--tokens", type=int, default=33, help="generated by a request of a block")
     add("--kv-tokens", type=int, default=512, help="of the request whose KV is read; 0: none")
-    add("--rounds", type=int, default=5, help="blocks of each variant, besides one to warm up")
+    add("--rounds", type=int, default=15, help="blocks of each variant, besides one to warm up")
     add("--url", help="a running LoRA-Drop server; then nothing is started")
     add("--stock-url", help="beside it: stock vLLM with the same model and flags")
     add("--fewer-layers-url", help="the same with half of the layers, for the ideal")
@@ -218,16 +194,25 @@ def main(argv: list[str] | None = None) -> int:
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     """Start what is to be measured, and measure it; returns the records."""
     records = []
-    rhos = given.rho or [None]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as running:
         subject = open_subject(given.model, given.adapter, Path(scratch))
-        for rho in rhos:  # what cannot be served is refused before anything starts
-            subject.resolved(subject.settings(rho, max(given.k) if given.k else None))
-        with baselines(subject, given) as base:
-            for rho in rhos:
-                records += run_rho(subject, given, base, rho)
-            if given.peers:
-                records += peers.run(subject, given, base["stock"], started)
+        k = max(given.k) if given.k else None
+        settings = [subject.settings(rho, k) for rho in given.rho or [None]]
+        for served in settings:
+            subject.resolved(served)  # what cannot be served is refused before anything starts
+        if given.url:
+            return run_rho(subject, given, settings[0], at_urls(given))
+        base = {
+            "stock": server(subject, given),
+            "fewer_layers": server(subject, given, *fewer_layers_flags(subject)),
+        }
+        for served in settings:
+            ours = server(subject, given, *lora_drop_flags(served))
+            up = started(base | {"lora_drop": ours}, running)
+            records += run_rho(subject, given, served, up)
+            ours.stop()
+        if given.peers:
+            records += peers.run(subject, given, up["stock"])
     return records
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,19 +143,3 @@ def server(subject: Subject, given: argparse.Namespace, *flags: str) -> Server:
     """A server of the subject, not yet started."""
     arguments = [*engine_flags(subject, given), *flags]
     return Server(subject.folder, arguments, start_seconds=START_SECONDS)
-
-
-@contextlib.contextmanager
-def side_by_side(servers: Sequence[Server]) -> Iterator[Sequence[Server]]:
-    """Several servers, started at the same time: a start keeps little more than one core busy.
-
-    On a GPU one after the other: while it starts, each takes stock of the memory that is free.
-    """
-    import torch
-
-    with contextlib.ExitStack() as running:
-        for one in servers:
-            running.callback(one.stop)
-        with ThreadPoolExecutor(1 if torch.cuda.is_available() else len(servers)) as pool:
-            list(pool.map(Server.start, servers))  # raises what a start raised
-        yield servers

@@ -127,8 +127,10 @@ def _times(ratio: float) -> str:
 
 
 def _repeated(r: Record) -> str:
-    """The speed-up, with the least and the most of the runs of the same commit."""
+    """The speed-up, half its 95 % interval, the least and the most of the runs of a commit."""
     found, speeds = _times(r["metrics"]["speed_up"]), r.get("speed_ups", [])
+    if interval := r["metrics"].get("speed_up_95"):
+        found += f" ± {(interval[1] - interval[0]) / 2:.2f}"
     if len(speeds) < 2:
         return found
     return f"{found} ({min(speeds):.2f}–{max(speeds):.2f} in {len(speeds)} runs)"

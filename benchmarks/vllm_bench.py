@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from serve_blocks import Variant
 from serve_figures import COUNTERS
 from servers import Subject, engine_flags, lora_drop_flags
 from stream_client import RunFailedError, settled_metrics
+from variants import Variant
 
 SERVE_FIGURES = (
     *(f"{of}_{what}_ms" for what in ("itl", "tpot", "ttft") for of in ("mean", "median", "p95")),

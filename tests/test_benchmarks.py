@@ -27,9 +27,9 @@ from stream_client import Answer
 
 
 def test_known_step_times_give_the_known_ratios() -> None:
-    """32 layers of 1 ms and 4 ms of rest; 14 drop layers at no cost; one slow step in a hundred."""
+    """32 layers of 1 ms and 4 ms of rest; 14 drop layers at no cost; one round disturbed."""
     rounds: Any = {
-        "stock": [[36.0] * 99 + [500.0]] * 3,
+        "stock": [[36.0] * 100, [36.0] * 100, [36.0] * 99 + [500.0]],
         "k0": [[36.36] * 100] * 3,
         "fewer_layers": [[20.0] * 100] * 3,
         "lora_drop": [[22.0, 22.0, 22.0, 36.0] * 25] * 3,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +22,7 @@ import serve_figures
 import serve_latency
 import stream_client
 import tables
+import variants
 from stream_client import Answer
 
 K, LAYERS, LAYER_MS, REST_MS = 3, 8, 5.0, 10.0
@@ -148,6 +151,7 @@ def records_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(record, "machine", lambda: {"cpu": "fake", "cores": 2})
     monkeypatch.setattr(stream_client, "perf_counter", CLOCK)
+    monkeypatch.setattr(variants, "SPIN_SECONDS", 0)
 
 
 def test_known_delays_are_reported(tmp_path: Path) -> None:
@@ -172,7 +176,7 @@ def test_known_delays_are_reported(tmp_path: Path) -> None:
     with (tmp_path / "cpu.jsonl").open("a") as out:
         out.write(json.dumps(slower) + "\n")
     assert record.repeats().endswith("10.0% apart")
-    assert "1.07x (1.07–1.18 in 2 runs)" in tables.of(record.newest())
+    assert "1.07x ± 0.00 (1.07–1.18 in 2 runs)" in tables.of(record.newest())
 
 
 def test_kv_is_read_while_a_request_runs(tmp_path: Path) -> None:
@@ -199,6 +203,38 @@ def test_a_run_without_the_drop_path_is_recorded_as_failed(
     assert code == 1
     assert why in written["failed"] and "metrics" not in written
     assert record.newest() == []  # and so in no table
+
+
+def test_one_server_is_awake_at_a_time() -> None:
+    sleepers = [subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(2)]
+
+    def states() -> list[str]:
+        """T: stopped, S: asleep as usual."""
+        alive = [s for s in sleepers if s.poll() is None]
+        return [Path(f"/proc/{s.pid}/stat").read_text().split()[2] for s in alive]
+
+    first, second = (variants.Variant("", "", group=s.pid) for s in sleepers)
+    try:
+        with variants.standing_still([first, second, second, variants.Variant("", "")]):
+            assert eventually(states, ["T", "T"])
+            with variants.awake(second):
+                assert eventually(states, ["T", "S"])
+            assert eventually(states, ["T", "T"])
+            sleepers[0].kill()
+            sleepers[0].wait()
+        assert eventually(states, ["S"])
+    finally:
+        for sleeper in sleepers:
+            sleeper.kill()
+            sleeper.wait()
+
+
+def eventually(found: Callable[[], Any], wanted: Any) -> bool:
+    """Whether it is found within seconds; a signal takes its time to arrive."""
+    deadline = time.monotonic() + 10
+    while found() != wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(found() == wanted)
 
 
 def test_only_steps_that_all_requests_share_count() -> None:
