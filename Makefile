@@ -53,8 +53,8 @@ check: install
 # a served model on a CPU: 23 minutes on 2 cores, 18 GB; docs/measuring.md says how it is done
 BENCH := $(BIN)/python benchmarks/serve_latency.py --dtype float32
 bench: install
-	$(BENCH) --context 32 --tokens 9 --rounds 60
-	$(BENCH) --model 1b --context 16 --tokens 8 --rounds 18 --kv-tokens 0
+	$(BENCH) --context 32 --tokens 9 --rounds 50
+	$(BENCH) --model 1b --context 16 --tokens 8 --rounds 15 --kv-tokens 0
 	$(BIN)/python benchmarks/kv_saving.py
 	$(BIN)/python benchmarks/record.py
 
