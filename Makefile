@@ -50,7 +50,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# a served model on a CPU: 23 minutes on 2 cores, 18 GB; docs/measuring.md says how it is done
+# a served model on a CPU: 20 minutes on 2 cores, 18 GB; docs/measuring.md says how it is done
 BENCH := $(BIN)/python benchmarks/serve_latency.py --dtype float32
 bench: install
 	$(BENCH) --context 32 --tokens 9 --rounds 50
