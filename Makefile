@@ -58,7 +58,7 @@ bench: install
 	$(BIN)/python benchmarks/kv_saving.py
 	$(BIN)/python benchmarks/record.py
 
-# the engine alone, what else could be served, vLLM's own clients, capacity, where a step's time goes
+# the engine alone, peers, vLLM's own clients, capacity, where a step's time goes: 38 minutes
 bench-more: install
 	$(BIN)/python benchmarks/decode_latency.py --batch 1 4 --prompt 16 --tokens 17 --rounds 25
 	$(BENCH) --peers --vllm-bench --concurrency 1 --context 32 --tokens 33 --rounds 15

@@ -27,7 +27,7 @@ def decode_latency(r: Record) -> list[list[str]]:
     """The engine's own step times."""
     s, m = r["settings"], r["metrics"]
     compiled = "compiled" if s["compile"] else "eager"
-    ratios = [_times(m["speed_up"]), _times(m["ideal_speed_up"]), f"{m['share_of_ideal']:.2f}"]
+    ratios = [_repeated(r), _times(m["ideal_speed_up"]), f"{m['share_of_ideal']:.2f}"]
     setting = [f"{s['model']} shape, {compiled}", str(s["batch"]), f"{s['rho']}, {s['k']}"]
     return [[*setting, *ratios, f"{m['k0_over_stock']:.2f}", machine_name(r)]]
 
