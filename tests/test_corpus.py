@@ -93,6 +93,28 @@ def test_one_pass_visits_all_and_the_seed_decides_the_order() -> None:
     assert len(Rows(long, make_tokenizer(), 16, 0)._passages) == 5
 
 
+def test_sources_take_turns_where_asked(tmp_path: Path) -> None:
+    lines = [{"text": "a" * 400, "source": "large"}] * 6 + [{"text": "b" * 400, "source": "b"}]
+    lines += [{"text": "c" * 400}] * 2
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    corpus = read_corpus([tmp_path / "a.jsonl"])
+
+    def first_tokens(turns: bool) -> str:
+        """Of one row of each passage."""
+        rows = Rows(corpus, make_tokenizer(), 16, 0, turns=turns)
+        found = []
+        while not rows.position.epoch:
+            found.append(next(rows).tokens[0])
+            rows.leave_passage()
+        return make_tokenizer().decode(found).replace(" ", "")
+
+    turned = first_tokens(True)
+    assert sorted(turned) == sorted(first_tokens(False)) == list("a" * 12 + "b" * 2 + "c" * 4)
+    assert [sorted(turned[start : start + 3]) for start in (0, 3)] == [list("abc")] * 2
+    assert sorted(turned[6:10]) == list("aacc") and turned[10:] == "a" * 8
+    assert first_tokens(False)[:6] != turned[:6]
+
+
 @pytest.mark.parametrize("start", [0, 3, 17, 40])
 def test_rows_go_on_from_a_position(start: int) -> None:
     """Also from within a passage, and in a later pass over the corpus."""

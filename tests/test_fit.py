@@ -119,6 +119,18 @@ def test_previous_is_fitted_on_the_sums_of_its_inputs(smooth_model: Path, inject
     assert near < 0.9 * far
 
 
+def test_rows_of_a_large_corpus_come_from_many_texts(smooth_model: Path) -> None:
+    """20 rows from 26 texts of over a hundred rows each; of a small corpus every row is taken."""
+    model: Any = load_model(smooth_model)
+    settings = Settings(rho=0.5, rank=8, length=16, tokens=320)
+    texts = Corpus([letter * 2000 for letter in "abcdefghijklmnopqrstuvwxyz"], 0)
+    of = [set(row.tolist()) for s in sample(model, make_tokenizer(), texts, settings)
+          for row in s.tokens]  # fmt: skip
+    assert len(of) == 20 and len(set().union(*of)) > 10
+    few = sample(model, make_tokenizer(), Corpus(["a" * 400], 0), settings)
+    assert sum(len(s.tokens) for s in few) == 20
+
+
 def corpus(folder: Path, times: int = 60) -> str:
     (folder / "corpus.txt").write_text(WORDS * times)
     return str(folder / "corpus.txt")

@@ -1,15 +1,17 @@
 """Text to fit and train on: files of documents, cut into packed rows of tokens.
 
 A plain text file is one document; of a `.jsonl` file every line is one, in its field `text`, or a
-conversation in its field `messages`. Both may be gzipped (`.gz`). Lines that cannot be used are
-skipped and counted.
+conversation in its field `messages`. Both may be gzipped (`.gz`). A line's field `source`, if any,
+says what it was taken from. Lines that cannot be used are skipped and counted.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,12 @@ from lora_drop_vllm.offline.positions import Schedule
 
 SHORTEST = 8  # tokens of a sequence
 CHARACTERS = 16  # of a passage, per token of a row: a few rows' worth of text
+
+
+class Text(str):
+    """A document whose line names its source."""
+
+    source = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,9 @@ def _document(line: bytes) -> str | Conversation:
     if not isinstance(raw, dict):
         raise KeyError("text")
     if isinstance(raw.get("text"), str):
-        return str(raw["text"])
+        text = Text(raw["text"])
+        text.source = str(raw.get("source", ""))
+        return text
     return Conversation.of(raw.get("messages"))
 
 
@@ -152,6 +162,7 @@ class Rows:
 
     Args:
         corpus: its conversations rendered
+        turns: sources follow one another, a passage each, as long as they last
 
     Attributes:
         length: T
@@ -168,18 +179,22 @@ class Rows:
         length: int,
         seed: int,
         position: Position | None = None,
+        turns: bool = False,
     ) -> None:
         if length < SHORTEST:
             raise ValueError(f"--length {length}: expected {SHORTEST} tokens or more")
         size = CHARACTERS * length
         self._passages: list[Any] = []
+        self._sources: list[str] = []
         for document in corpus.documents:
+            pieces = [document]
             if isinstance(document, str):
                 starts = range(0, len(document), size)
-                self._passages += [document[start : start + size] for start in starts]
-            else:
-                self._passages.append(document)
+                pieces = [document[start : start + size] for start in starts]
+            self._passages += pieces
+            self._sources += [getattr(document, "source", "")] * len(pieces)
         self._tokenizer, self.length, self._seed = tokenizer, length, seed
+        self._turns = turns
         self._order: tuple[int, list[int]] | None = None
         self._tokens: tuple[int, list[int]] | None = None
         found = 0
@@ -215,16 +230,25 @@ class Rows:
                 row.prompts.append(prompt)
                 self.position = Position(epoch, passage, token + len(piece))
             else:
-                last = passage + 1 == len(self._passages)
-                self.position = Position(epoch + 1) if last else Position(epoch, passage + 1)
+                self.leave_passage()
         return row
+
+    def leave_passage(self) -> None:
+        """Leave out what remains of the passage that is being read."""
+        epoch, passage, _ = self.position
+        last = passage + 1 == len(self._passages)
+        self.position = Position(epoch + 1) if last else Position(epoch, passage + 1)
 
     def _at(self, epoch: int, passage: int) -> int:
         """Number of a pass's passage among all passages."""
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(_mixed(self._seed, epoch))
-            order = torch.randperm(len(self._passages), generator=generator)
-            self._order = epoch, order.tolist()
+            order = torch.randperm(len(self._passages), generator=generator).tolist()
+            if self._turns:
+                turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
+                turn = {number: next(turns[self._sources[number]]) for number in order}
+                order.sort(key=turn.__getitem__)  # stable: those of one turn keep their order
+            self._order = epoch, order
         return self._order[1][passage]
 
     def _tokens_of(self, number: int) -> Sequence[int]:

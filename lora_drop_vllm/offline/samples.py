@@ -36,17 +36,19 @@ class Sample:
 def sample(model: Any, tokenizer: Any, corpus: Corpus, settings: Settings) -> list[Sample]:
     """The corpus, or `settings.tokens` of it, in batches under random schedules.
 
+    Of a large corpus every row begins with another passage, and its sources take turns: so few
+    tokens are to come from as many texts, of as many kinds, as there are.
+
     Raises:
         ValueError: too little text for the rank, or too much for the memory.
     """
     use_backend(model, "sdpa")
     length = settings.length
-    rows = Rows(corpus, tokenizer, length, settings.seed)
     wanted = settings.tokens // length
     _check_memory(model, wanted * length)
-    chosen: list[Row] = []
-    while len(chosen) < wanted and not rows.position.epoch:
-        chosen.append(next(rows))
+    chosen = _rows(corpus, tokenizer, settings, wanted, spread=True)
+    if len(chosen) < wanted:
+        chosen = _rows(corpus, tokenizer, settings, wanted, spread=False)
     size = max(1, min(TOKENS_AT_ONCE // length, len(chosen) // HELD_OUT))
     samples = []
     for number, start in enumerate(range(0, len(chosen), size)):
@@ -62,6 +64,19 @@ def sample(model: Any, tokenizer: Any, corpus: Corpus, settings: Settings) -> li
             "--tokens, or lower the two"
         )
     return samples
+
+
+def _rows(
+    corpus: Corpus, tokenizer: Any, settings: Settings, wanted: int, spread: bool
+) -> list[Row]:
+    """So many rows, or as many as there are; with `spread` one at most begins in a passage."""
+    rows = Rows(corpus, tokenizer, settings.length, settings.seed, turns=True)
+    chosen: list[Row] = []
+    while len(chosen) < wanted and not rows.position.epoch:
+        chosen.append(next(rows))
+        if spread:
+            rows.leave_passage()
+    return chosen
 
 
 def _check_memory(model: Any, tokens: int) -> None:
