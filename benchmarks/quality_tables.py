@@ -136,6 +136,9 @@ def sections() -> list[str]:
     lines += ["", "### Text and rank: ρ = 0.25, k = 3", ""]
     lines += table(rank, [setting("tokens"), setting("rank"), *QUALITY])
     lines += ["", "![perplexity over text and rank](quality_rank.png)"]
+    written = sorted(fitted(rho=0.25, k=3, tokens=32768, kv=None), key=by("kv"))
+    lines += ["", "### KV skipped or written: ρ = 0.25, k = 3, 32,768 tokens", ""]
+    lines += table(written, [setting("kv"), *QUALITY])
     lines += ["", "### Choice of layers: ρ = 0.25, k = 3", ""]
     lines += table(choice, [setting("layers", "chosen by"), drop, *QUALITY])
     draw(grid, "rho", "k", "quality_rho.png")
