@@ -39,6 +39,7 @@ FIT_EXAMPLES = """examples:
 """
 TRAIN_EXAMPLES = """examples:
   lora-drop train ./model --corpus web.jsonl.gz --steps 500 --out ./adapter
+  lora-drop train ./model --corpus datasets:allenai/c4:en:train[:1%] --bf16 --out ./adapter
   lora-drop train ./model --corpus web.jsonl.gz --from ./fitted --lr 5e-4 --kl 1 --ce 0 --out ./b
   accelerate launch -m lora_drop_vllm.cli train ./model --corpus web.jsonl.gz --bf16 --out ./c
 """

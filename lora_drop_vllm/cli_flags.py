@@ -13,9 +13,9 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
         "--corpus",
         required=True,
         nargs="+",
-        type=Path,
         metavar="FILE",
-        help="plain text, or JSON lines with a field `text` or a chat's `messages`; .gz too",
+        help="plain text, or JSON lines with a field `text` or a chat's `messages`; .gz too; or "
+        "datasets:NAME[:CONFIG[:SPLIT]], a Hugging Face dataset with such a column",
     )
     parser.add_argument("--k", type=int, default=3, help="LoRA steps per full step (default: 3)")
     parser.add_argument("--rank", type=int, default=16, help="default: 16")

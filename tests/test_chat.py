@@ -15,8 +15,9 @@ from tiny import make_tokenizer
 from lora_drop_vllm.cli import main
 from lora_drop_vllm.offline.chat import Conversation, Reply, render
 from lora_drop_vllm.offline.checkpoint import LOG
-from lora_drop_vllm.offline.corpus import Corpus, Rows, random_schedule, read_corpus, stack
+from lora_drop_vllm.offline.corpus import Corpus, read_corpus
 from lora_drop_vllm.offline.objective import predicting
+from lora_drop_vllm.offline.rows import Rows, random_schedule, stack
 
 TEMPLATE = """{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}
 {% endif %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import make_tokenizer
 
-from lora_drop_vllm.offline.corpus import (
-    CHARACTERS,
-    Corpus,
-    Rows,
-    random_schedule,
-    read_corpus,
-    stack,
-)
+from lora_drop_vllm.offline.corpus import Corpus, read_corpus
+from lora_drop_vllm.offline.rows import CHARACTERS, Rows, random_schedule, stack
 
 DOCUMENTS = [letter * (40 + 13 * n) for n, letter in enumerate("abcdefgh")]
 
@@ -44,10 +40,10 @@ def test_unusable_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.txt", None, r"a\.txt: cannot be read \(No such file"),
-        ("a.txt", b" \n\n", "empty; name a file with text"),
+        ("a.txt", b" \n\n", "empty; name a source with text"),
         ("a.txt", b"PK\x03\x04\x00\x00", "a binary file"),
-        ("a.txt", b"\xff\xfe\n\xff", r"line 1 is not UTF-8 \(2 such lines\)"),
-        ("a.jsonl", b"", "empty; name a file with text"),
+        ("a.txt", b"\xff\xfe\n\xff", r"line 1 is not UTF-8 \(2 such\)"),
+        ("a.jsonl", b"", "empty; name a source with text"),
         ("a.jsonl", b'{"body": "a"}\n', "line 1 is no JSON object with a text in its field"),
         ("a.jsonl.gz", b'{"text": "a"}\n', r"cannot be read \(Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"words " * 999)[:40], r"cannot be read \(Compressed file"),
@@ -61,6 +57,67 @@ def test_a_file_without_text_is_refused(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_corpus([tmp_path / name])
+
+
+def dataset(folder: Path) -> str:
+    """A dataset of two configurations, by its name on the command line."""
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    configs = {
+        "small": [{"text": "one", "source": "web"}, {"text": " "}, {"text": None}],
+        "chat": [{"messages": chat}, {"messages": chat[:1]}],
+    }
+    card = "---\nconfigs:\n"
+    for name, rows in configs.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        card += f"  - config_name: {name}\n    default: {json.dumps(name == 'small')}\n"
+        card += f"    data_files:\n      - split: train\n        path: {name}.jsonl\n"
+    (folder / "README.md").write_text(f"{card}---\n")
+    return f"datasets:{folder}"
+
+
+@pytest.fixture
+def quiet_datasets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
+    datasets = pytest.importorskip("datasets", reason="pip install '.[train]'")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("quiet_datasets")
+def test_datasets_are_read_by_name(tmp_path: Path) -> None:
+    name = dataset(tmp_path)
+    for source in (name, f"{name}:small", f"{name}::train", f"{name}:small:train[:3]"):
+        found = read_corpus([source])
+        assert found == Corpus(["one"], 1)
+        assert found.documents[0].source == "web"
+        assert found.origin == [(source, 3)]
+    (conversation,) = read_corpus([f"{name}:chat"]).documents
+    assert conversation.messages[1]["content"] == "ho"
+    (tmp_path / "a.txt").write_text("and a file")
+    both = read_corpus([tmp_path / "a.txt", name])
+    assert both.documents == ["and a file", "one"]
+
+
+@pytest.mark.usefixtures("quiet_datasets")
+@pytest.mark.parametrize(
+    ("behind", "message"),
+    [
+        (":large", "cannot be read .*large.*; expected datasets:NAME"),
+        (":small:valid", "cannot be read .*valid"),
+        ("/nowhere", "cannot be read .*nowhere"),
+        (":chat:train[1:]", r"row 0 \(messages\) is none with a text in its.*\(1 such\)"),
+    ],
+)
+def test_a_dataset_that_cannot_be_used_is_refused(
+    tmp_path: Path, behind: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_corpus([dataset(tmp_path) + behind])
+
+
+def test_without_the_package_datasets_their_names_are_refused(monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"takes the package datasets; pip install"):
+        read_corpus(["datasets:allenai/c4"])
 
 
 def test_a_sequence_is_one_piece_of_one_document() -> None:

@@ -19,7 +19,7 @@ from tiny import make_adapter
 from lora_drop_vllm.method.adapter import load_tensors, read_config, save_adapter
 from lora_drop_vllm.offline import gguf_model
 from lora_drop_vllm.offline.checkpoint import LOG, Checkpoint, append_log, read_log, write_log
-from lora_drop_vllm.offline.corpus import Position
+from lora_drop_vllm.offline.rows import Position
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

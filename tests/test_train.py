@@ -14,11 +14,12 @@ from torch import Tensor
 from lora_drop_vllm.cli import main
 from lora_drop_vllm.method.adapter import load_tensors, read_config
 from lora_drop_vllm.offline.checkpoint import FILE, LOG
-from lora_drop_vllm.offline.corpus import Corpus, Rows
+from lora_drop_vllm.offline.corpus import Corpus
 from lora_drop_vllm.offline.gradient import Plan, Trainer
 from lora_drop_vllm.offline.objective import Weights, backward, predicting
 from lora_drop_vllm.offline.parallel import ParallelDecoder
 from lora_drop_vllm.offline.positions import Schedule, rows
+from lora_drop_vllm.offline.rows import Rows
 from lora_drop_vllm.offline.trainable import Adapter
 
 WORDS = "Bees find their way home by the position of the sun. A bee that has found flowers dances. "
@@ -153,8 +154,8 @@ def test_accumulation_is_the_mean_of_its_parts(smooth_model: Path, tmp_path: Pat
     """Checkpointing changes nothing, and two halves make the step of the whole."""
     config, tensors = make_adapter(tmp_path, smooth_model, drop_layers=[4, 5])
     from lora_drop_vllm.offline.checkpoint import Checkpoint
-    from lora_drop_vllm.offline.corpus import Position
     from lora_drop_vllm.offline.gradient import Devices
+    from lora_drop_vllm.offline.rows import Position
 
     corpus, found = Corpus([WORDS * 20], 0), []
     for checkpointing in (False, True):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
-from lora_drop_vllm.offline.corpus import Position
+from lora_drop_vllm.offline.rows import Position
 from lora_drop_vllm.whole_files import append_line, replacing
 
 FILE = "training.safetensors"

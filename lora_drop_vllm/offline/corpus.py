@@ -1,30 +1,28 @@
-"""Text to fit and train on: files of documents, cut into packed rows of tokens.
+"""Text to fit and train on: documents from files, and from datasets by name.
 
 A plain text file is one document; of a `.jsonl` file every line is one, in its field `text`, or a
-conversation in its field `messages`. Both may be gzipped (`.gz`). A line's field `source`, if any,
-says what it was taken from. Lines that cannot be used are skipped and counted.
+conversation in its field `messages`. Both may be gzipped (`.gz`). Rows of a dataset are as such
+lines. The field `source`, if any, says what a document was taken from. Lines that cannot be used
+are skipped and counted.
 """
 
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import zlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from lora_drop_vllm.offline.chat import Conversation, Reply, render
-from lora_drop_vllm.offline.positions import Schedule
 
-SHORTEST = 8  # tokens of a sequence
-CHARACTERS = 16  # of a passage, per token of a row: a few rows' worth of text
+DATASET = "datasets:"  # before a name, in the place of a file
+FIELDS = (
+    "a text in its field `text`, nor with a list of messages, each a role and a content, and one a "
+    "reply of the assistant, in `messages`"
+)
 
 
 class Text(str):
@@ -35,10 +33,16 @@ class Text(str):
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of some files; `skipped` lines, or replies, could not be used."""
+    """Documents to fit or train on.
+
+    Attributes:
+        skipped: lines, rows or replies that could not be used
+        origin: of what it was read: name, and bytes of the file or rows of the dataset
+    """
 
     documents: Sequence[str | Conversation | Reply]
     skipped: int
+    origin: Sequence[tuple[str, int]] = field(default=(), compare=False)
 
     def rendered(self, tokenizer: Any, length: int) -> Corpus:
         """With replies of up to `length` tokens in the place of conversations.
@@ -51,7 +55,7 @@ class Corpus:
             raise ValueError(
                 f"--corpus: no reply can be used; {reasons[0]} ({len(reasons)} such replies)"
             )
-        return Corpus(documents, self.skipped + len(reasons))
+        return replace(self, documents=documents, skipped=self.skipped + len(reasons))
 
     def remark(self) -> str:
         """On what was skipped, if anything; to be put behind a report."""
@@ -60,28 +64,34 @@ class Corpus:
         return f"; {self.skipped} lines or replies of the corpus could not be used"
 
 
-def read_corpus(files: Sequence[Path]) -> Corpus:
-    """All documents that hold something.
+def read_corpus(sources: Sequence[str | Path]) -> Corpus:
+    """All documents that hold something, of files and of `datasets:NAME[:CONFIG[:SPLIT]]`.
 
     Raises:
-        ValueError: a file cannot be read, is binary, or has nothing in it that can be used.
+        ValueError: a source cannot be read, is binary, or has nothing in it that can be used.
     """
     documents: list[str | Conversation] = []
-    skipped = 0
-    for path in files:
-        found, reasons = _read_file(path)
+    skipped, origin = 0, []
+    for source in map(str, sources):
+        if source.startswith(DATASET):
+            found, reasons = _read_dataset(source)
+            origin.append((source, len(found) + len(reasons)))
+        else:
+            found, reasons = _read_file(Path(source))
+            origin.append((Path(source).name, Path(source).stat().st_size))
+        found = [text for text in found if not isinstance(text, str) or text.strip()]
         if not found:
             raise ValueError(
-                f"--corpus {path}: "
+                f"--corpus {source}: "
                 + (
-                    f"no line can be used; {reasons[0]} ({len(reasons)} such lines)"
+                    f"nothing can be used; {reasons[0]} ({len(reasons)} such)"
                     if reasons
-                    else "empty; name a file with text in it"
+                    else "empty; name a source with text in it"
                 )
             )
         documents += found
         skipped += len(reasons)
-    return Corpus(documents, skipped)
+    return Corpus(documents, skipped, origin)
 
 
 def _read_file(path: Path) -> tuple[list[str | Conversation], list[str]]:
@@ -99,21 +109,43 @@ def _read_file(path: Path) -> tuple[list[str | Conversation], list[str]]:
                 texts += [] if jsonl else ["\n"]
                 continue
             try:
-                texts.append(_document(line) if jsonl else line.decode())
+                texts.append(_document(json.loads(line)) if jsonl else line.decode())
             except UnicodeDecodeError:
                 reasons.append(f"line {number} is not UTF-8")
             except (json.JSONDecodeError, KeyError):
-                reasons.append(
-                    f"line {number} is no JSON object with a text in its field `text`, nor with a "
-                    "list of messages, each a role and a content, and one a reply of the "
-                    "assistant, in `messages`"
-                )
+                reasons.append(f"line {number} is no JSON object with {FIELDS}")
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"--corpus {path}: cannot be read ({reason}); check the file") from error
     if not jsonl:
         texts = ["".join(texts)]
-    return [text for text in texts if not isinstance(text, str) or text.strip()], reasons
+    return texts, reasons
+
+
+def _read_dataset(source: str) -> tuple[list[Any], list[str]]:
+    """Documents of a split of a dataset, and why its other rows are none."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"--corpus {source}: takes the package datasets; pip install 'lora_drop_vllm[train]'"
+        ) from error
+    name, config, split, *_ = [*source.removeprefix(DATASET).split(":", 2), "", ""]
+    try:
+        rows = load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # its own classes, and those of whatever read the files
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"--corpus {source}: cannot be read ({reason}); expected {DATASET}NAME[:CONFIG"
+            "[:SPLIT]], NAME a folder or on the Hugging Face Hub"
+        ) from error
+    texts, reasons = [], []
+    for number, row in enumerate(rows):
+        try:
+            texts.append(_document(row))
+        except KeyError:
+            reasons.append(f"row {number} ({', '.join(row)}) is none with {FIELDS}")
+    return texts, reasons
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -121,8 +153,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         yield from file
 
 
-def _document(line: bytes) -> str | Conversation:
-    raw = json.loads(line)
+def _document(raw: Any) -> str | Conversation:
     if not isinstance(raw, dict):
         raise KeyError("text")
     if isinstance(raw.get("text"), str):
@@ -130,171 +161,3 @@ def _document(line: bytes) -> str | Conversation:
         text.source = str(raw.get("source", ""))
         return text
     return Conversation.of(raw.get("messages"))
-
-
-class Position(NamedTuple):
-    """Where a row begins: pass over the corpus, passage of that pass, token of that passage."""
-
-    epoch: int = 0
-    passage: int = 0
-    token: int = 0
-
-
-class Row(NamedTuple):
-    """T tokens or fewer, in sequences one behind the other.
-
-    Attributes:
-        lengths: of the sequences
-        prompts: of the sequences, for replies; 0 where any may be drawn
-    """
-
-    tokens: list[int]
-    lengths: list[int]
-    prompts: list[int]
-
-
-class Rows:
-    """Endless packed rows of T tokens; the seed decides the order of the passages.
-
-    Long documents are cut into passages, so that one of them does not make up a whole run. What is
-    left of a passage at the end of a row begins the next one as a sequence of its own. A reply is
-    one passage and stays whole.
-
-    Args:
-        corpus: its conversations rendered
-        turns: sources follow one another, a passage each, as long as they last
-
-    Attributes:
-        length: T
-        position: of the next row; a second object that starts there goes on alike
-
-    Raises:
-        ValueError: the corpus is shorter than one row.
-    """
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        tokenizer: Any,
-        length: int,
-        seed: int,
-        position: Position | None = None,
-        turns: bool = False,
-    ) -> None:
-        if length < SHORTEST:
-            raise ValueError(f"--length {length}: expected {SHORTEST} tokens or more")
-        size = CHARACTERS * length
-        self._passages: list[Any] = []
-        self._sources: list[str] = []
-        for document in corpus.documents:
-            pieces = [document]
-            if isinstance(document, str):
-                starts = range(0, len(document), size)
-                pieces = [document[start : start + size] for start in starts]
-            self._passages += pieces
-            self._sources += [getattr(document, "source", "")] * len(pieces)
-        self._tokenizer, self.length, self._seed = tokenizer, length, seed
-        self._turns = turns
-        self._order: tuple[int, list[int]] | None = None
-        self._tokens: tuple[int, list[int]] | None = None
-        found = 0
-        for number in range(len(self._passages)):
-            tokens = len(self._tokens_of(number))
-            found += tokens if tokens >= SHORTEST else 0  # what is shorter is left out
-            if found >= length:
-                break
-        else:
-            raise ValueError(
-                f"--corpus: {found} tokens, and a row takes {length}; give more text or lower "
-                "--length"
-            )
-        self.position = position or Position()
-
-    def __iter__(self) -> Iterator[Row]:
-        """Itself."""
-        return self
-
-    def __next__(self) -> Row:
-        """The next row, from `position`."""
-        row = Row([], [], [])
-        while (room := self.length - len(row.tokens)) >= SHORTEST:
-            epoch, passage, token = self.position
-            number = self._at(epoch, passage)
-            tokens, prompt = self._tokens_of(number), self._prompt_of(number)
-            if prompt and not token and len(tokens) > room:
-                break
-            piece = tokens[token : token + room]
-            if len(piece) >= SHORTEST:
-                row.tokens.extend(piece)
-                row.lengths.append(len(piece))
-                row.prompts.append(prompt)
-                self.position = Position(epoch, passage, token + len(piece))
-            else:
-                self.leave_passage()
-        return row
-
-    def leave_passage(self) -> None:
-        """Leave out what remains of the passage that is being read."""
-        epoch, passage, _ = self.position
-        last = passage + 1 == len(self._passages)
-        self.position = Position(epoch + 1) if last else Position(epoch, passage + 1)
-
-    def _at(self, epoch: int, passage: int) -> int:
-        """Number of a pass's passage among all passages."""
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(_mixed(self._seed, epoch))
-            order = torch.randperm(len(self._passages), generator=generator).tolist()
-            if self._turns:
-                turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
-                turn = {number: next(turns[self._sources[number]]) for number in order}
-                order.sort(key=turn.__getitem__)  # stable: those of one turn keep their order
-            self._order = epoch, order
-        return self._order[1][passage]
-
-    def _tokens_of(self, number: int) -> Sequence[int]:
-        passage = self._passages[number]
-        if isinstance(passage, Reply):
-            return passage.tokens
-        if self._tokens is None or self._tokens[0] != number:
-            self._tokens = number, self._tokenizer(passage).input_ids
-        return self._tokens[1]
-
-    def _prompt_of(self, number: int) -> int:
-        passage = self._passages[number]
-        return passage.prompt if isinstance(passage, Reply) else 0
-
-
-def stack(rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor]:
-    """Tokens and sequence numbers of a batch, [N, T] each; padding has token 0 and number -1."""
-    tokens = torch.zeros(len(rows), length, dtype=torch.long)
-    sequence = torch.full((len(rows), length), -1)
-    first = 0
-    for n, row in enumerate(rows):
-        tokens[n, : len(row.tokens)] = torch.tensor(row.tokens)
-        numbers = torch.arange(first, first + len(row.lengths))
-        sequence[n, : len(row.tokens)] = numbers.repeat_interleave(torch.tensor(row.lengths))
-        first += len(row.lengths)
-    return tokens, sequence
-
-
-def random_schedule(
-    sequence: Tensor, rows: Sequence[Row], k: int, seed: int, number: int
-) -> Schedule:
-    """Prompts of 1 token to half of their sequence, and any phase; drawn anew for each batch.
-
-    Args:
-        sequence: [N, T]  from `stack`
-        rows: that were stacked; the prompts of replies are their own
-        number: of the batch
-    """
-    generator = torch.Generator().manual_seed(_mixed(seed, number))
-    lengths = sequence[sequence >= 0].bincount().cpu()
-    share = torch.rand(len(lengths), generator=generator)
-    own = torch.tensor([prompt for row in rows for prompt in row.prompts])
-    prompt = own.where(own > 0, 1 + (share * (lengths // 2)).long())
-    phase = torch.randint(0, k + 1, (len(lengths),), generator=generator)
-    return Schedule.of(sequence, prompt, k, phase)
-
-
-def _mixed(seed: int, number: int) -> int:
-    return (seed * 1_000_003 + number) % 2**63

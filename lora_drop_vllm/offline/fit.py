@@ -18,7 +18,11 @@ from lora_drop_vllm.offline.settings import CRITERIA, DTYPES, Settings
 
 
 def fit(
-    model: str, corpus: Sequence[Path], settings: Settings, out: Path, profile: Path | None = None
+    model: str,
+    corpus: Sequence[str | Path],
+    settings: Settings,
+    out: Path,
+    profile: Path | None = None,
 ) -> str:
     """Fit an adapter, save it in `out` and say what it is.
 

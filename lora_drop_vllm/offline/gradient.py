@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lora_drop_vllm.offline.checkpoint import Checkpoint
-from lora_drop_vllm.offline.corpus import Row, Rows, random_schedule, stack
 from lora_drop_vllm.offline.objective import Weights, backward
 from lora_drop_vllm.offline.parallel import ParallelDecoder
+from lora_drop_vllm.offline.rows import Row, Rows, random_schedule, stack
 from lora_drop_vllm.offline.trainable import Adapter
 
 BETAS = (0.9, 0.99)

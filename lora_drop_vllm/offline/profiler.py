@@ -33,7 +33,7 @@ HORIZON = 0.5  # the least similarity within the similarity horizon, Fig. 1
 
 def profile(
     model: str,
-    corpus: Sequence[Path],
+    corpus: Sequence[str | Path],
     settings: Settings,
     out: Path,
     *,

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_drop_vllm.offline.corpus import Corpus, Row, Rows, random_schedule, stack
+from lora_drop_vllm.offline.corpus import Corpus
 from lora_drop_vllm.offline.masks import use_backend
 from lora_drop_vllm.offline.parallel import TOKENS_AT_ONCE, Batch
 from lora_drop_vllm.offline.positions import Schedule
+from lora_drop_vllm.offline.rows import Row, Rows, random_schedule, stack
 from lora_drop_vllm.offline.settings import Settings
 
 HELD_OUT = 8  # every eighth batch is held out, from the second

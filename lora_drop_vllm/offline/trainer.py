@@ -25,20 +25,21 @@ from lora_drop_vllm.method.adapter import (
     tensor_shapes,
 )
 from lora_drop_vllm.offline.checkpoint import Checkpoint, append_log, read_log, write_log
-from lora_drop_vllm.offline.corpus import Corpus, Position, Rows, read_corpus
+from lora_drop_vllm.offline.corpus import Corpus, read_corpus
 from lora_drop_vllm.offline.fit import new_config
 from lora_drop_vllm.offline.gradient import Devices, Plan, Trainer
 from lora_drop_vllm.offline.layerwise import fit_tensors
 from lora_drop_vllm.offline.parallel import base_model
 from lora_drop_vllm.offline.plots import plot_training, require_matplotlib
 from lora_drop_vllm.offline.pretrained import model_name, open_model
+from lora_drop_vllm.offline.rows import Position, Rows
 from lora_drop_vllm.offline.samples import sample
 from lora_drop_vllm.offline.settings import DTYPES, Settings
 
 
 def train(
     model: str,
-    corpus: Sequence[Path],
+    corpus: Sequence[str | Path],
     settings: Settings,
     plan: Plan,
     out: Path,
@@ -61,7 +62,7 @@ def train(
         require_matplotlib()
     texts = read_corpus(corpus)
     run = asdict(settings) | asdict(plan) | {"from": start, "model": model_name(model)}
-    run["corpus"] = [[path.name, path.stat().st_size] for path in corpus]
+    run["corpus"] = texts.origin
     run = json.loads(json.dumps(run))
     checkpoint = Checkpoint.load(out)
     if checkpoint:
