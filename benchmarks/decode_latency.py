@@ -34,10 +34,12 @@ def engine_arguments(given: argparse.Namespace) -> dict[str, Any]:
     """Arguments of every engine, sized for the largest batch asked for."""
     shape = SHAPES[given.model]
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    per_token = 4 * shape["num_hidden_layers"] * kv_heads * shape["hidden_size"] // heads
+    size = 4 if given.dtype == "float32" else 2  # bytes of a number
+    per_token = 2 * size * shape["num_hidden_layers"] * kv_heads * shape["hidden_size"] // heads
     length = given.prompt + given.tokens
     return dict(
         enforce_eager=not given.compile,
+        dtype=given.dtype,
         max_model_len=length + 64,
         max_num_seqs=max(given.batch),
         # a block of slack for each request in each of the two groups of layers
@@ -187,6 +189,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--tokens", type=int, default=49, help="generated tokens per measurement")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default="auto", help="as for vLLM; auto is bfloat16 (default)")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,

@@ -94,8 +94,7 @@ def launches(case: Case) -> list[Chain | Launch]:
             found.append(Launch(True, 1, block_d, block_d, 4))
         if rows > 1:
             found.append(Launch(True, 16, block_d, block_d, 8))
-    if rows > 1:
-        found.append(Launch(False, 16, 128, max(16, min(block_k // 4, 512)), 8))
+            found.append(Launch(False, 16, 2 * block_d, max(16, min(block_k // 4, 512)), 8))
     return list(dict.fromkeys(found))
 
 

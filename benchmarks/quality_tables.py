@@ -100,6 +100,24 @@ def _questions(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def _answers(records: Sequence[Record]) -> list[str]:
+    """What the served model answered freely, by task and measure."""
+    names = ("adapter", "task", "questions", "LoRA steps", "measure", "right", "base")
+    lines = ["| " + " | ".join((*names, "loss, points", "p")) + " |", "|" + " --- |" * 9]
+    for r in records:
+        s, m = r["settings"], r["metrics"]
+        taken = m["lora_drop"]
+        share = taken["lora_steps"] / (taken["lora_steps"] + taken["full_steps"])
+        for measure, found in m["measures"].items():
+            marks = Comparison(**found)
+            lines.append(
+                f"| {s['adapter']} | {s['task']} | {m['examples']} | {share:.0%} | {measure} "
+                f"| {marks.share:.1%} | {marks.base:.1%} "
+                f"| {100 * marks.loss:.1f} ± {100 * marks.loss_se:.1f} | {marks.p_value:.2g} |"
+            )
+    return lines
+
+
 def by(*names: str) -> Callable[[Record], list[Any]]:
     """Sorting key of these settings."""
     return lambda r: [r["settings"][name] for name in names]
@@ -124,6 +142,8 @@ def sections() -> list[str]:
     lines += table(last_of_each(finished), [setting("adapter"), drop, *QUALITY])
     lines += ["", "### Questions answered under the schedule", ""]
     lines += _questions(last_of_each(asked))
+    lines += ["", "### Answers of the served model, greedy", ""]
+    lines += _answers(record.newest("answers"))
     lines += ["", "### ρ and k (the paper's Table III)", ""]
     speed = ("speed-up, of ideal", _speed)
     lines += table(

@@ -26,9 +26,8 @@ def _line(cells: Sequence[str]) -> str:
 def decode_latency(r: Record) -> list[list[str]]:
     """The engine's own step times."""
     s, m = r["settings"], r["metrics"]
-    compiled = "compiled" if s["compile"] else "eager"
     ratios = [_repeated(r), _times(m["ideal_speed_up"]), f"{m['share_of_ideal']:.2f}"]
-    setting = [f"{s['model']} shape, {compiled}", str(s["batch"]), f"{s['rho']}, {s['k']}"]
+    setting = [f"{s['model']} shape, {_how(s)}", str(s["batch"]), f"{s['rho']}, {s['k']}"]
     return [[*setting, *ratios, f"{m['k0_over_stock']:.2f}", machine_name(r)]]
 
 
@@ -117,9 +116,13 @@ def step_breakdown(r: Record) -> list[list[str]]:
 
 def _served(settings: Record) -> str:
     weights = f", adapter {settings['adapter']}" if settings["adapter"] else ", untrained"
+    return f"{settings['model']}{weights}, {_how(settings)}"
+
+
+def _how(settings: Record) -> str:
     dtype = settings.get("dtype", "auto")
     how = ["compiled" if settings["compile"] else "eager", *([dtype] if dtype != "auto" else [])]
-    return f"{settings['model']}{weights}, {', '.join(how)}"
+    return ", ".join(how)
 
 
 def _times(ratio: float) -> str:

@@ -1,0 +1,67 @@
+"""Questions that the served model answers freely: LoRA-Drop beside k = 0, the base model.
+
+Each task gives one record, with the counts of both kinds of step but without the answers
+themselves; `lora-drop evaluate --json` keeps those.
+
+    python benchmarks/answers.py MODEL --adapter DIR --tasks gsm8k.jsonl --limit 100
+    python benchmarks/answers.py MODEL --adapter DIR --tasks human_eval.jsonl --run-code
+    python benchmarks/quality_tables.py      renders the newest records
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import record
+
+from lora_drop_vllm.offline.evaluate import evaluate
+from lora_drop_vllm.offline.generative import Decoding
+from lora_drop_vllm.offline.pretrained import model_name
+
+
+def main() -> None:
+    """Ask, print, record."""
+    given = _arguments()
+    decoding = Decoding(
+        num_fewshot=given.num_fewshot,
+        max_tokens=given.max_tokens,
+        concurrency=given.concurrency,
+        run_code=given.run_code,
+    )
+    tasks = [str(path) for path in given.tasks]
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "report.json"
+        asked = dict(tasks=tasks, limit=given.limit, decoding=decoding, out=out)
+        print(evaluate(given.model, given.adapter, **asked))
+        report = json.loads(out.read_text())
+    about = {
+        "model": model_name(given.model),
+        "adapter": f"{given.adapter.parent.name}/{given.adapter.name}",
+        **{name: getattr(given, name) for name in ("limit", "num_fewshot", "max_tokens")},
+        "concurrency": given.concurrency,
+    }
+    for found in report["decoded"]:
+        del found["answers"]
+        record.write("answers", about | {"task": found.pop("task")}, found)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
+    parser.add_argument("--adapter", required=True, type=Path, help="its folder")
+    parser.add_argument("--tasks", required=True, nargs="+", type=Path, help="JSONL files")
+    parser.add_argument("--limit", type=int, help="questions of each (default: all)")
+    parser.add_argument("--num-fewshot", type=int, default=5, help="worked examples of GSM8K")
+    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer")
+    parser.add_argument("--concurrency", type=int, default=1, help="requests at a time")
+    parser.add_argument("--run-code", action="store_true", help="run the programs it writes here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
