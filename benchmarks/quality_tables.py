@@ -12,6 +12,7 @@ from typing import Any
 import record
 
 from lora_drop_vllm.method.cost import kv_saving
+from lora_drop_vllm.offline.plots import plot_saving
 from lora_drop_vllm.offline.significance import Comparison, MeanLoss
 
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
@@ -67,17 +68,21 @@ def _drop_layers(r: Record) -> str:
 
 
 def _speed(r: Record) -> str:
-    found = [
-        s["metrics"]
-        for s in record.newest("decode_latency")
-        if (s["settings"]["model"], s["settings"]["batch"]) == ("135m", 1)
-        and all(s["settings"][name] == r["settings"][name] for name in ("rho", "k"))
-    ]
-    return f"{found[-1]['speed_up']:.2f}x of {found[-1]['ideal_speed_up']:.2f}x" if found else "–"
+    m = _measured("decode_latency", r, batch=1)
+    return f"{m['speed_up']:.2f}x of {m['ideal_speed_up']:.2f}x" if m else "–"
 
 
 def _saved(r: Record) -> str:
-    return f"{kv_saving(NUM_LAYERS, len(r['metrics']['drop_layers']), r['settings']['k']):.1%}"
+    formula = kv_saving(NUM_LAYERS, len(r["metrics"]["drop_layers"]), r["settings"]["k"])
+    m = _measured("kv_saving", r)
+    return f"{m['saved']:.1%} ({formula:.1%})" if m else f"– ({formula:.1%})"
+
+
+def _measured(benchmark: str, r: Record, **wanted: Any) -> dict[str, Any]:
+    """What the model's shape gave at the same rho and k; nothing where it was not run."""
+    wanted |= {"model": "135m"} | {name: r["settings"][name] for name in ("rho", "k")}
+    found = [m for m in record.newest(benchmark) if wanted.items() <= m["settings"].items()]
+    return max(found, key=lambda m: m["utc"])["metrics"] if found else {}
 
 
 def _questions(records: Sequence[Record]) -> list[str]:
@@ -148,9 +153,10 @@ def sections() -> list[str]:
     speed = ("speed-up, of ideal", _speed)
     lines += table(
         grid,
-        [setting("rho", "ρ"), setting("k"), drop, *QUALITY, ("KV saved, Eq. 15", _saved), speed],
+        [setting("rho", "ρ"), setting("k"), drop, *QUALITY, ("KV saved (Eq. 15)", _saved), speed],
     )
-    lines += ["", "![perplexity over ρ](quality_rho.png)"]
+    lines += ["", "![perplexity over ρ](quality_rho.png)", ""]
+    lines += ["![KV saved over ρ, at the pool and by Eq. 15](quality_kv.png)"]
     lines += ["", "### Where the adapter sits (Table V): ρ = 0.5, k = 2", ""]
     lines += table(injection, [setting("injection"), *QUALITY])
     lines += ["", "### Text and rank: ρ = 0.25, k = 3", ""]
@@ -163,7 +169,18 @@ def sections() -> list[str]:
     lines += table(choice, [setting("layers", "chosen by"), drop, *QUALITY])
     draw(grid, "rho", "k", "quality_rho.png")
     draw(rank, "tokens", "rank", "quality_rank.png")
+    draw_saving([r for r in record.newest("kv_saving") if r["settings"]["model"] == "135m"])
     return lines
+
+
+def draw_saving(records: Sequence[Record]) -> None:
+    """KV saved at the pool beside Eq. 15 (Fig. 3)."""
+    curves: dict[int, list[tuple[float, float]]] = {}
+    for r in records:
+        s = r["settings"]
+        curves.setdefault(s["k"], []).append((s["rho"], r["metrics"]["equation_15"]))
+    held = [(r["settings"]["k"], r["settings"]["rho"], r["metrics"]["saved"]) for r in records]
+    plot_saving(curves, held, PAGE.parent / "quality_kv.png")
 
 
 def draw(records: Sequence[Record], across: str, curve: str, name: str) -> None:
