@@ -26,6 +26,7 @@ def main() -> None:
     """Ask, print, record."""
     given = _arguments()
     decoding = Decoding(
+        dtype=given.dtype,
         num_fewshot=given.num_fewshot,
         max_tokens=given.max_tokens,
         concurrency=given.concurrency,
@@ -40,7 +41,7 @@ def main() -> None:
     about = {
         "model": model_name(given.model),
         "adapter": f"{given.adapter.parent.name}/{given.adapter.name}",
-        **{name: getattr(given, name) for name in ("limit", "num_fewshot", "max_tokens")},
+        **{name: getattr(given, name) for name in ("dtype", "limit", "num_fewshot", "max_tokens")},
         "concurrency": given.concurrency,
     }
     for found in report["decoded"]:
@@ -55,6 +56,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
     parser.add_argument("--adapter", required=True, type=Path, help="its folder")
     parser.add_argument("--tasks", required=True, nargs="+", type=Path, help="JSONL files")
+    parser.add_argument("--dtype", default="auto", help="as for vLLM")
     parser.add_argument("--limit", type=int, help="questions of each (default: all)")
     parser.add_argument("--num-fewshot", type=int, default=5, help="worked examples of GSM8K")
     parser.add_argument("--max-tokens", type=int, default=512, help="of an answer")

@@ -75,6 +75,9 @@ def decoding_flags(parser: argparse.ArgumentParser) -> None:
     )
     flags.add_argument("--url", help="of a running server (default: one is started, eager)")
     flags.add_argument(
+        "--dtype", default="auto", help="of the one that is started, as for vLLM (default: auto)"
+    )
+    flags.add_argument(
         "--num-fewshot",
         type=count,
         default=5,

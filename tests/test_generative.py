@@ -248,9 +248,12 @@ def test_a_server_of_our_own_serves_the_model_with_the_adapter(
     monkeypatch.setattr(evaluation, "read_config", lambda _: evaluation.Decoding())
     monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda _: True)
     command = ["evaluate", "org/model", "--adapter", "dir", "--tasks", "gsm8k", "--data", str(data)]
-    assert main([*command, "--num-fewshot", "0"]) == 0
-    assert started[0][0] == Path("org/model")
-    assert json.loads(started[0][1][-1]) == {"lora_drop": {"adapter": "dir"}}
+    assert main([*command, "--num-fewshot", "0", "--dtype", "float32"]) == 0
+    ((model, arguments),) = started
+    assert model == Path("org/model")
+    flags = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert flags["--dtype"] == "float32"
+    assert json.loads(flags["--additional-config"]) == {"lora_drop": {"adapter": "dir"}}
 
 
 def test_what_cannot_be_asked_is_refused(
@@ -265,6 +268,7 @@ def test_what_cannot_be_asked_is_refused(
         ([*url, *half], "human_eval: to score it, programs that the model writes must run"),
         ([*own, *url, "--num-fewshot", "0", *sums], "the server of --url has its own"),
         ([*own, *url, "--tasks", str(cloze)], "none of the tasks is decoded by a server"),
+        ([*url, "--dtype", "half", "--num-fewshot", "0", *sums], "--dtype half: the server of"),
         (["--num-fewshot", "0", *sums], "MODEL and --adapter DIR are needed"),
         ([*url, "--num-fewshot", "0", "--tasks", f"{sums[1]},{cloze}"], "MODEL and --adapter DIR"),
         (["--url", "http://127.0.0.1:9", "--num-fewshot", "0", *sums], "no server of models"),

@@ -155,10 +155,15 @@ def _server(model: str | None, adapter: Path | None, decoding: Decoding) -> Iter
                 "or evaluate where it is" + (", or name a server with --url" * (not decoding.url))
             )
     if decoding.url:
+        if decoding.dtype != Decoding.dtype:
+            raise ValueError(
+                f"--dtype {decoding.dtype}: the server of --url has its own; leave it out"
+            )
         yield Endpoint.at(decoding.url)
         return
     settings = json.dumps({"lora_drop": {"adapter": str(adapter)}})
     arguments = ["--model-impl", "lora_drop", "--additional-config", settings]
+    arguments += ["--dtype", decoding.dtype]
     with Server(Path(str(model)), arguments) as server:
         print(f"Server: {server.url} (log: {server.log})", file=sys.stderr, flush=True)
         yield server

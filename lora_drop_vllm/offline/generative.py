@@ -26,6 +26,7 @@ class Decoding:
 
     Attributes:
         url: of a running one; None starts one
+        dtype: of the one that is started, as for vLLM
         num_fewshot: worked examples before a word problem
         max_tokens: of an answer
         concurrency: requests at a time. With more than one a step is full for all as soon as one
@@ -34,6 +35,7 @@ class Decoding:
     """
 
     url: str | None = None
+    dtype: str = "auto"
     num_fewshot: int = 5
     max_tokens: int = 512
     concurrency: int = 1
