@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-matrix soak soak-server fuzz check bench bench-more clean
+.PHONY: install demo test test-matrix soak soak-server fuzz check bench bench-grid bench-more clean
 
 install: $(STAMP)
 
@@ -58,9 +58,17 @@ bench: install
 	$(BIN)/python benchmarks/kv_saving.py
 	$(BIN)/python benchmarks/record.py
 
+# of the paper's Table III what does not take an adapter: speed and KV over rho and k; 35 minutes
+bench-grid: install
+	for rho in 0.25 0.5 0.75; do $(BIN)/python benchmarks/decode_latency.py --dtype float32 \
+		--rho $$rho --k 1 2 3 5 --prompt 16 --tokens 13 --rounds 40 || exit 1; done
+	$(BIN)/python benchmarks/kv_saving.py --rho 0.25 0.5 0.75 --k 1 2 3 5
+	$(BIN)/python benchmarks/quality_tables.py
+
 # the engine alone, peers, vLLM's own clients, capacity, where a step's time goes: 38 minutes
 bench-more: install
-	$(BIN)/python benchmarks/decode_latency.py --batch 1 4 --prompt 16 --tokens 17 --rounds 25
+	$(BIN)/python benchmarks/decode_latency.py --dtype float32 --batch 1 4 --prompt 16 --tokens 13 \
+		--rounds 40
 	$(BENCH) --peers --vllm-bench --concurrency 1 --context 32 --tokens 33 --rounds 15
 	$(BIN)/python benchmarks/capacity.py --pool-mb 32 --tokens 256
 	$(BIN)/python benchmarks/step_breakdown.py
