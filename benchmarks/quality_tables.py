@@ -107,8 +107,8 @@ def _questions(records: Sequence[Record]) -> list[str]:
 
 def _answers(records: Sequence[Record]) -> list[str]:
     """What the served model answered freely, by task and measure."""
-    names = ("adapter", "task", "questions", "LoRA steps", "measure", "right", "base")
-    lines = ["| " + " | ".join((*names, "loss, points", "p")) + " |", "|" + " --- |" * 9]
+    names = ("adapter", "task", "questions", "LoRA steps", "cut off (base)", "measure", "right")
+    lines = ["| " + " | ".join((*names, "base", "p")) + " |", "|" + " --- |" * 9]
     for r in records:
         s, m = r["settings"], r["metrics"]
         taken = m["lora_drop"]
@@ -116,9 +116,9 @@ def _answers(records: Sequence[Record]) -> list[str]:
         for measure, found in m["measures"].items():
             marks = Comparison(**found)
             lines.append(
-                f"| {s['adapter']} | {s['task']} | {m['examples']} | {share:.0%} | {measure} "
-                f"| {marks.share:.1%} | {marks.base:.1%} "
-                f"| {100 * marks.loss:.1f} ± {100 * marks.loss_se:.1f} | {marks.p_value:.2g} |"
+                f"| {s['adapter']} | {s['task']} | {m['examples']} | {share:.0%} "
+                f"| {taken['cut_off']} ({m['base']['cut_off']}) | {measure} "
+                f"| {marks.share:.1%} | {marks.base:.1%} | {marks.p_value:.2g} |"
             )
     return lines
 
