@@ -53,7 +53,7 @@ check: install
 # a served model on a CPU: 20 minutes on 2 cores, 18 GB; docs/measuring.md says how it is done
 BENCH := $(BIN)/python benchmarks/serve_latency.py --dtype float32
 bench: install
-	$(BENCH) --context 32 --tokens 9 --rounds 50
+	$(BENCH) --context 32 --tokens 9 --rounds 50 --kv-tokens 480
 	$(BENCH) --model 1b --context 16 --tokens 8 --rounds 15 --kv-tokens 0
 	$(BIN)/python benchmarks/kv_saving.py
 	$(BIN)/python benchmarks/record.py
@@ -67,7 +67,7 @@ bench-grid: install
 
 # the engine alone, peers, vLLM's own clients, capacity, where a step's time goes: 38 minutes
 bench-more: install
-	$(BIN)/python benchmarks/decode_latency.py --dtype float32 --batch 1 4 --prompt 16 --tokens 13 \
+	$(BIN)/python benchmarks/decode_latency.py --dtype float32 --batch 4 --prompt 16 --tokens 13 \
 		--rounds 40
 	$(BENCH) --peers --vllm-bench --concurrency 1 --context 32 --tokens 33 --rounds 15
 	$(BIN)/python benchmarks/capacity.py --pool-mb 32 --tokens 256
