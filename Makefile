@@ -58,11 +58,12 @@ bench: install
 	$(BIN)/python benchmarks/kv_saving.py
 	$(BIN)/python benchmarks/record.py
 
-# of the paper's Table III what does not take an adapter: speed and KV over rho and k; 35 minutes
+# of the paper's Table III what does not take an adapter: speed and KV over rho and k; half an hour
 bench-grid: install
 	for rho in 0.25 0.5 0.75; do $(BIN)/python benchmarks/decode_latency.py --dtype float32 \
 		--rho $$rho --k 1 2 3 5 --prompt 16 --tokens 13 --rounds 40 || exit 1; done
 	$(BIN)/python benchmarks/kv_saving.py --rho 0.25 0.5 0.75 --k 1 2 3 5
+	$(BIN)/python benchmarks/record.py
 	$(BIN)/python benchmarks/quality_tables.py
 
 # the engine alone, peers, vLLM's own clients, capacity, where a step's time goes: 38 minutes

@@ -151,7 +151,10 @@ TABLES: dict[str, tuple[str, Callable[[Record], list[list[str]]]]] = {
         "machine",
         decode_latency,
     ),
-    "kv_saving": ("KV at the pool | ρ, k | prompt + generated | saved | Eq. 15", kv_saving),
+    "kv_saving": (
+        "KV at the pool, mean from half the answer on | ρ, k | prompt + generated | saved | Eq. 15",
+        kv_saving,
+    ),
     "serve_latency": (
         "served, stock → LoRA-Drop | requests × prompt + generated | ρ, k | p50 ms | p95 ms | "
         "p99 ms | first token ms | tokens/s | speed-up | ideal, share of it | k = 0 against stock "
