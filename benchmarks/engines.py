@@ -185,14 +185,15 @@ def _add(engine: Any, batch: int, prompt: int, tokens: int, k: int | None = None
         engine.add_request(str(n), {"prompt_token_ids": ids}, params)
 
 
-def _lora_steps(scheduler: Any) -> int:
+def lora_steps(scheduler: Any) -> int:
+    """LoRA steps that an engine has run; 0 of the stock model's."""
     tracker = getattr(scheduler, "tracker", None)
     return tracker.totals.lora_steps if tracker else 0
 
 
 def _decode(engine: Any, batch: int, prompt: int, tokens: int, k: int | None) -> dict[str, Any]:
     scheduler = engine.engine_core.engine_core.scheduler
-    before = _lora_steps(scheduler)
+    before = lora_steps(scheduler)
     _add(engine, batch, prompt, tokens, k)
     times, produced = [], []
     while engine.has_unfinished_requests():
@@ -200,14 +201,14 @@ def _decode(engine: Any, batch: int, prompt: int, tokens: int, k: int | None) ->
         produced.append(len(engine.step()))
         times.append(1000 * (time.perf_counter() - start))
     together = [t for t, count in zip(times, produced, strict=True) if count == batch]
-    return {"times": together[1:], "lora_steps": _lora_steps(scheduler) - before}
+    return {"times": together[1:], "lora_steps": lora_steps(scheduler) - before}
 
 
 def _fill(engine: Any, batch: int, prompt: int, tokens: int, stop: bool) -> dict[str, Any]:
     scheduler = engine.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
     free = least = pool.get_num_free_blocks()
-    before, running = _lora_steps(scheduler), 0
+    before, running = lora_steps(scheduler), 0
     _add(engine, batch, prompt, tokens)
     preempted: dict[str, int] = {}  # by request: how often
     start = time.perf_counter()
@@ -221,7 +222,7 @@ def _fill(engine: Any, batch: int, prompt: int, tokens: int, stop: bool) -> dict
     return {
         "seconds": time.perf_counter() - start,
         "preemptions": sum(preempted.values()),
-        "lora_steps": _lora_steps(scheduler) - before,
+        "lora_steps": lora_steps(scheduler) - before,
         "blocks": free,
         "most_blocks": free - least,
         "most_running": running,

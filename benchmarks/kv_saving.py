@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-from engines import SHAPES, lora_drop, make_shape, quiet
+from engines import SHAPES, lora_drop, lora_steps, make_shape, quiet
 from tqdm import tqdm
 
 from lora_drop_vllm.method.cost import kv_saving
@@ -45,12 +45,16 @@ def engine(model: str, settings: dict[str, Any] | None, given: argparse.Namespac
 
 
 def bytes_held(core: Any, k: int | None, given: argparse.Namespace) -> int:
-    """Bytes of the pool's blocks that one request holds, mean over the answer's second half."""
+    """Bytes of the pool's blocks that one request holds, mean over the answer's second half.
+
+    Raises:
+        RuntimeError: LoRA steps were asked for, and none ran.
+    """
     from vllm import SamplingParams
 
     scheduler = core.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
-    free, held = pool.get_num_free_blocks(), []
+    free, held, before = pool.get_num_free_blocks(), [], lora_steps(scheduler)
     extra = None if k is None else {"lora_drop_k": k}
     params = SamplingParams(
         temperature=0, max_tokens=given.tokens, ignore_eos=True, extra_args=extra
@@ -61,6 +65,8 @@ def bytes_held(core: Any, k: int | None, given: argparse.Namespace) -> int:
             core.step()
             held.append(free - pool.get_num_free_blocks())
             bar.update()
+    if k and lora_steps(scheduler) == before:
+        raise RuntimeError(f"k = {k}: no LoRA step ran, so nothing was measured")
     config = scheduler.kv_cache_config
     block = config.kv_cache_tensors[0].size // config.num_blocks  # tensors share the pool
     return round(block * statistics.fmean(held[len(held) // 2 : -1]))  # behind the last step: none
