@@ -34,12 +34,12 @@ test-matrix: install
 EFFORT ?= 100
 FIRST_SEED ?= 0
 soak: install
-	$(BIN)/pytest --effort $(EFFORT) --first-seed $(FIRST_SEED) tests/test_scheduler_model.py \
-		tests/test_random_workloads.py
+	$(BIN)/pytest --effort $(EFFORT) --first-seed $(FIRST_SEED) tests/engine/test_scheduler_model.py \
+		tests/engine/test_random_workloads.py
 
 # 100,000 adapters and settings, most of them broken
 fuzz: install
-	$(BIN)/pytest --effort 50 --first-seed $(FIRST_SEED) tests/test_untrusted.py
+	$(BIN)/pytest --effort 50 --first-seed $(FIRST_SEED) tests/method/test_adapter_folder.py
 
 # a server under half an hour of mixed traffic: memory, blocks, errors, latency
 soak-server: install

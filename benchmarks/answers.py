@@ -15,11 +15,11 @@ import json
 import tempfile
 from pathlib import Path
 
-import record
+from support import record
 
-from lora_drop_vllm.offline.evaluate import evaluate
-from lora_drop_vllm.offline.generative import Decoding
-from lora_drop_vllm.offline.pretrained import model_name
+from lora_drop_vllm.decode.pretrained import model_name
+from lora_drop_vllm.evaluation.evaluate import evaluate
+from lora_drop_vllm.evaluation.served_answers import Decoding
 
 
 def main() -> None:

@@ -19,9 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import record
-import tables
-from engines import SHAPES, Engine, make_shape
+from support import record, tables
+from support.engines import SHAPES, Engine, make_shape
 
 OFFERED = 2  # times what the larger of the two pools holds
 

@@ -14,20 +14,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import record
-from engines import SHAPES, Engine, make_shape
+from support import record
+from support.decode_figures import Times, metrics_of
+from support.engines import SHAPES, Engine, make_shape
 from tqdm import tqdm
 
-from lora_drop_vllm.method.cost import ideal_speed
 from lora_drop_vllm.method.layers import choose_layers, eligible_layers, num_drop_layers
-
-Times = dict[str, list[list[float]]]  # by variant and round, the milliseconds of each step
 
 
 def engine_arguments(given: argparse.Namespace) -> dict[str, Any]:
@@ -101,78 +97,6 @@ def measure(
             if n:
                 rounds[name].append(found["times"])
     return rounds, held
-
-
-def metrics_of(rounds: Times, layers: int, drop: list[int], k: int) -> dict[str, Any]:
-    """Ratios of a measurement, its ideal, and the milliseconds behind them.
-
-    Without the variant `fewer_layers` nobody knows what a layer costs, and what follows from it is
-    left out.
-    """
-    typical = {name: [cycle_mean(times, k + 1) for times in runs] for name, runs in rounds.items()}
-
-    def ratios(a: str, b: str) -> list[float]:
-        return [x / y for x, y in zip(typical[a], typical[b], strict=True)]
-
-    speed_ups = ratios("stock", "lora_drop")
-    speed = statistics.median(speed_ups)
-    by_kind = split_by_kind(rounds["lora_drop"], k)
-    lora = statistics.median(by_kind["lora"])
-    found = {
-        "speed_up": round(speed, 3),
-        "speed_up_95": [round(end, 3) for end in interval_95(speed_ups)],
-        "k0_over_stock": round(statistics.median(ratios("k0", "stock")), 3),
-        "lora_step_ms": round(lora, 3),
-        "full_step_ms": round(statistics.median(by_kind["full"]), 3),
-        "ms_per_token": {name: round(statistics.median(t), 3) for name, t in typical.items()},
-    } | percentiles(rounds)
-    if "fewer_layers" not in typical:
-        return found
-    step = statistics.median(typical["stock"])
-    saved = step * (1 - statistics.median(ratios("fewer_layers", "stock")))
-    layer = saved / (layers - layers // 2)
-    rest = step - layers * layer
-    ideal = ideal_speed([layer] * layers, drop, k, rest)
-    return found | {
-        "ideal_speed_up": round(ideal, 3),
-        "share_of_ideal": round(speed / ideal, 3),
-        "layer_ms": round(layer, 3),
-        "rest_ms": round(rest, 3),
-        "lora_step_over_ideal": round(lora / (step - len(drop) * layer), 3),
-    }
-
-
-def split_by_kind(rounds: list[list[float]], k: int) -> dict[str, list[float]]:
-    """The steps behind the prompt by kind: k LoRA steps, a full step, and so on."""
-    steps = [step for times in rounds for step in enumerate(times)]
-    return {
-        "lora": [t for n, t in steps if n % (k + 1) < k],
-        "full": [t for n, t in steps if n % (k + 1) == k],
-    }
-
-
-def percentiles(rounds: Times) -> dict[str, dict[str, float]]:
-    """p50, p95, p99 and mean of every variant's steps."""
-    found: dict[str, dict[str, float]] = {f"{p}_ms": {} for p in ("p50", "p95", "p99", "mean")}
-    for name, runs in rounds.items():
-        times = [t for run in runs for t in run]
-        for percent in (50, 95, 99):
-            found[f"p{percent}_ms"][name] = round(float(np.percentile(times, percent)), 3)
-        found["mean_ms"][name] = round(statistics.fmean(times), 3)
-    return found
-
-
-def cycle_mean(times: list[float], period: int) -> float:
-    """Mean time of a token over all windows of one cycle; every variant's, so that they compare."""
-    windows = range(len(times) - period + 1)
-    return statistics.fmean(statistics.fmean(times[i : i + period]) for i in windows)
-
-
-def interval_95(values: list[float]) -> tuple[float, float]:
-    """Where the median lies with 95 % confidence: percentiles of the bootstrap's medians."""
-    drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

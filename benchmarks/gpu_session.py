@@ -54,8 +54,16 @@ def stages() -> list[Stage]:
     op_latency = (sys.executable, "benchmarks/op_latency.py", "--d", "4096", "--rounds", "10")
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9")
     return [
-        Stage("kernels", (*pytest, *workers, "tests/test_kernels.py", "tests/test_kernel_ops.py")),
-        Stage("parity", (*pytest, "-m", "gpu", "tests/test_gpu.py")),
+        Stage(
+            "kernels",
+            (
+                *pytest,
+                *workers,
+                "tests/kernels/test_kernels.py",
+                "tests/kernels/test_kernel_ops.py",
+            ),
+        ),
+        Stage("parity", (*pytest, "-m", "gpu", "tests/engine/test_gpu.py")),
         Stage("op_latency", op_latency),
         table[0],
         *batches[:1],
@@ -64,7 +72,7 @@ def stages() -> list[Stage]:
         *served,
         Stage(
             "sanitizer",
-            (*sanitizer, *pytest, "tests/test_kernel_ops.py", "-k", "sanitized"),
+            (*sanitizer, *pytest, "tests/kernels/test_kernel_ops.py", "-k", "sanitized"),
         ),
     ]
 

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import record
-from engines import SHAPES, lora_drop, lora_steps, make_shape, quiet
+from support import record
+from support.engines import SHAPES, lora_drop, lora_steps, make_shape, quiet
 from tqdm import tqdm
 
 from lora_drop_vllm.method.cost import kv_saving

@@ -25,8 +25,8 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import record
 import torch
+from support import record
 from torch import Tensor
 from tqdm import tqdm
 

@@ -19,23 +19,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import record
+from support import record
 from tqdm import tqdm
 
-from lora_drop_vllm.cli_flags import layer_numbers
+from lora_drop_vllm.cli.flags import layer_numbers
+from lora_drop_vllm.decode.decoder import ForcedDecoder
+from lora_drop_vllm.decode.pretrained import model_name, open_model
+from lora_drop_vllm.decode.trainable import Adapter
+from lora_drop_vllm.evaluation.divergence import perplexity
+from lora_drop_vllm.evaluation.evaluate import PROMPT, WINDOW, text_windows
+from lora_drop_vllm.evaluation.scoring import run_task
+from lora_drop_vllm.evaluation.tasks import read_task, read_text
 from lora_drop_vllm.method.adapter import AdapterConfig, load_tensors, read_config
-from lora_drop_vllm.offline.closeness import perplexity
-from lora_drop_vllm.offline.corpus import read_corpus
-from lora_drop_vllm.offline.evaluate import PROMPT, WINDOW, text_windows
-from lora_drop_vllm.offline.fit import new_config
-from lora_drop_vllm.offline.layerwise import fit_tensors
-from lora_drop_vllm.offline.parallel import ParallelDecoder
-from lora_drop_vllm.offline.pretrained import model_name, open_model
-from lora_drop_vllm.offline.samples import sample
-from lora_drop_vllm.offline.scoring import run_task
-from lora_drop_vllm.offline.settings import Settings
-from lora_drop_vllm.offline.tasks import read_task, read_text
-from lora_drop_vllm.offline.trainable import Adapter
+from lora_drop_vllm.training.corpus import read_corpus
+from lora_drop_vllm.training.fit import new_config
+from lora_drop_vllm.training.layerwise import fit_tensors
+from lora_drop_vllm.training.samples import sample
+from lora_drop_vllm.training.settings import Settings
 
 LISTS = ("layers", "rho", "k", "rank", "reuse", "kv", "injection", "tokens", "seed")
 
@@ -47,7 +47,7 @@ def main() -> None:
     windows = text_windows(tokenizer, read_text(given.text), given.limit).to(model.device)
     tasks = [read_task(path, given.limit_tasks) for path in given.tasks]
     for settings, config, tensors in _adapters(given, model, tokenizer):
-        decoder = ParallelDecoder(model, Adapter(config, tensors).to(model.device))
+        decoder = ForcedDecoder(model, Adapter(config, tensors).to(model.device))
         steps = perplexity(decoder, windows, PROMPT, config.k)
         metrics: dict[str, Any] = {kind: asdict(found) for kind, found in steps.items()}
         metrics |= {"drop_layers": config.drop_layers}

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import record
+from support import record
 
+from lora_drop_vllm.evaluation.significance import Comparison, MeanLoss
 from lora_drop_vllm.method.cost import kv_saving
-from lora_drop_vllm.offline.plots import plot_saving
-from lora_drop_vllm.offline.significance import Comparison, MeanLoss
+from lora_drop_vllm.plots import plot_saving
 
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
 BEGIN, END = "<!-- rendered by benchmarks/quality_tables.py -->", "<!-- end -->"

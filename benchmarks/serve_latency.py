@@ -25,17 +25,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peers
-import plots
-import record
-import tables
-import vllm_bench
-from engines import SHAPES
-from serve_blocks import kv_metrics, measure, random_prompts
-from serve_figures import figures
-from servers import DEMO, Subject, fewer_layers_flags, lora_drop_flags, open_subject, server
-from stream_client import RunFailedError
-from variants import Variant, started
+from support import peers, plots, record, tables, vllm_bench
+from support.engines import SHAPES
+from support.serve_blocks import kv_metrics, measure, random_prompts
+from support.serve_figures import figures
+from support.servers import DEMO, Subject, fewer_layers_flags, lora_drop_flags, open_subject, server
+from support.stream_client import RunFailedError
+from support.variants import Variant, started
 
 from lora_drop_vllm.config import LoRADropConfig
 from lora_drop_vllm.method.cost import kv_saving

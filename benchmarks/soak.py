@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import record
+from support import record
 from tqdm import tqdm
 
-from lora_drop_vllm.demo import BUNDLED_ADAPTER
-from lora_drop_vllm.offline.gguf_model import real_model
+from lora_drop_vllm.cli.demo import BUNDLED_ADAPTER
+from lora_drop_vllm.cli.gguf_model import real_model
 from lora_drop_vllm.server_process import Server
 
 PARTS = 6  # the first is the warm-up for memory; the first and the last are compared for latency

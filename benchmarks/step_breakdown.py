@@ -24,9 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import record
-import tables
-from engines import SHAPES, lora_drop, make_shape, quiet
+from support import record, tables
+from support.engines import SHAPES, lora_drop, make_shape, quiet
 
 PREFIX = "part: "
 STEP = "rest of the step"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_vllm.method.adapter import MAX_K, BaseModel, load_tensors, read_config
+from lora_drop_vllm.method.adapter_folder import shown
 from lora_drop_vllm.method.layers import (
     CHOICES,
     choose_layers,
@@ -15,7 +16,6 @@ from lora_drop_vllm.method.layers import (
     num_drop_layers,
 )
 from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
-from lora_drop_vllm.method.untrusted import shown
 
 HELP = (
     'pass --additional-config \'{"lora_drop": {"adapter": "DIR"}}\', or for a speed test without '

@@ -8,34 +8,15 @@ interpreter.
 from __future__ import annotations
 
 import importlib.util
-import os
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import environment  # first
 import pytest
+import tiny
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
-
-V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-HAVE_VLLM = importlib.util.find_spec("vllm") is not None
-
-if V2 and not torch.cuda.is_available():
-    # Triton has no CPU backend; its interpreter needs one to be listed as active
-    import triton.backends
-
-    active = types.SimpleNamespace(is_active=lambda: True)
-    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=active, compiler=None)
-
-import tiny  # noqa: E402
-from serving import Serve  # noqa: E402
+from serving import Serve
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
-        if item.get_closest_marker("engine") and not HAVE_VLLM:
+        if item.get_closest_marker("engine") and not environment.HAVE_VLLM:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
         if item.get_closest_marker("matrix") and not config.getoption("--matrix"):
             item.add_marker(pytest.mark.skip(reason="a setting for `make test-matrix` only"))
@@ -133,7 +114,7 @@ def dry(models: dict[str, Path]) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def real_model() -> Path:
     """The real 135M Llama model, fetched once into the user's cache."""
-    from lora_drop_vllm.offline.gguf_model import real_model
+    from lora_drop_vllm.cli.gguf_model import real_model
 
     return real_model()
 

@@ -13,7 +13,7 @@ from serving import settings_of
 from tiny import make_adapter
 
 from lora_drop_vllm.cli import main
-from lora_drop_vllm.demo import BUNDLED_ADAPTER
+from lora_drop_vllm.cli.demo import BUNDLED_ADAPTER
 from lora_drop_vllm.method.adapter import load_tensors, read_config
 
 TEXT = (

@@ -15,7 +15,13 @@ SOURCES = sorted(
     for folder in ("lora_drop_vllm", "kernels", "tests", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
 )
-ENGINE_FREE = ("lora_drop_vllm/method", "kernels", "lora_drop_vllm/offline")
+ENGINE_FREE = (
+    "lora_drop_vllm/method",
+    "kernels",
+    "lora_drop_vllm/decode",
+    "lora_drop_vllm/training",
+    "lora_drop_vllm/evaluation",
+)
 
 
 def imported(path: Path) -> set[str]:
@@ -43,7 +49,7 @@ def test_only_engine_imports_vllm(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         roots = {name.split(".")[0] for name in imported(path)}
         assert "vllm" not in roots, path
-        if "offline" not in folder:
+        if folder in ENGINE_FREE[:2]:
             assert "transformers" not in roots, path
             assert "lora_drop_vllm.engine" not in imported(path), path
 
@@ -58,14 +64,6 @@ def test_the_entry_point_imports_only_the_standard_library_at_module_level() -> 
     names += [a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names]
     roots = {name.split(".")[0] for name in names}
     assert roots <= {"__future__", "importlib"}
-
-
-def test_every_file_stands_in_the_readmes_map() -> None:
-    readme = (ROOT / "README.md").read_text()
-    missing = [
-        path.name for path in SOURCES if path.name != "__init__.py" and path.name not in readme
-    ]
-    assert not missing
 
 
 def test_the_vllm_pin_stands_once() -> None:
@@ -86,10 +84,7 @@ def test_no_private_environment_variables() -> None:
         assert not re.search(r"environ.*LORA_DROP", path.read_text()), path
 
 
-def test_the_readmes_numbers_are_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_the_readmes_numbers_are_the_records() -> None:
     import record
-    import robustness
 
     assert record.README.read_text() == record.rendered_readme()
-    assert robustness.PAGE.read_text() == robustness.rendered_page()

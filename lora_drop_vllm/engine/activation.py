@@ -59,7 +59,7 @@ def activate(vllm_config: VllmConfig) -> None:
     from vllm.logger import init_logger
 
     from lora_drop_vllm.engine import exit_status, metrics, request_args, seams
-    from lora_drop_vllm.engine.supported import check_architecture, check_supported
+    from lora_drop_vllm.engine.refusals import check_architecture, check_supported
 
     logger = init_logger("vllm.lora_drop")
     model_config = vllm_config.model_config

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
-from lora_drop_vllm.method.untrusted import shown
+from lora_drop_vllm.method.adapter_folder import shown
 
 ARGUMENT = "lora_drop_k"
 

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora_drop_vllm.atomic_files import replacing
+from lora_drop_vllm.method.adapter_folder import AdapterError, file_in, read_json, shown
 from lora_drop_vllm.method.layers import (
     HEAD_LAYERS,
     TAIL_LAYERS,
@@ -20,8 +22,6 @@ from lora_drop_vllm.method.layers import (
     num_drop_layers,
 )
 from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
-from lora_drop_vllm.method.untrusted import AdapterError, file_in, read_json, shown
-from lora_drop_vllm.whole_files import replacing
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"

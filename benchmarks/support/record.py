@@ -1,0 +1,117 @@
+"""One JSON line per measured run, with all that is needed to read it later."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lora_drop_vllm.atomic_files import append_line
+
+RESULTS = Path(__file__).parents[1] / "results"
+# of the same session, and no change of what is measured
+RECORDED = (":(top,exclude)benchmarks/results", ":(top,exclude)README.md")
+PACKAGES = ("torch", "triton", "vllm", "lora_drop_vllm")
+
+
+def write(
+    name: str, settings: dict[str, Any], metrics: dict[str, Any], failed: str | None = None
+) -> dict[str, Any]:
+    """Append a record to `results/<machine>.jsonl` and return it.
+
+    Args:
+        name: of the benchmark
+        settings: what was run
+        metrics: what came out, baseline included
+        failed: why the run gives no figure
+    """
+    record = {
+        "benchmark": name,
+        "settings": settings,
+        **({"failed": failed} if failed else {"metrics": metrics}),
+        "machine": machine(),
+        "versions": {p: _version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "-uno", ":/", *RECORDED)),
+        # of paths from a root only the last part: where they lie here helps nobody
+        "argv": [Path(a).name if Path(a).is_absolute() else a for a in sys.argv],
+        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    kind = "gpu" if "gpu" in record["machine"] else "cpu"
+    append_line(RESULTS / f"{kind}.jsonl", json.dumps(record))
+    return record
+
+
+def machine() -> dict[str, Any]:
+    """CPU model and cores, and the GPU if there is one."""
+    import torch
+
+    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def by_settings(*further: str) -> list[list[dict[str, Any]]]:
+    """Records of the same benchmark, settings and machine, oldest first; runs that failed are none.
+
+    How often a run went round is no setting; `further` names other keys that must agree.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(RESULTS.glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            if "failed" not in record:
+                found.setdefault(settings_key(record, *further), []).append(record)
+    return list(found.values())
+
+
+def settings_key(record: dict[str, Any], *further: str) -> str:
+    """Equal for records that `by_settings` puts together."""
+    settings = record["settings"] | {"rounds": None}
+    key = [record[name] for name in ("benchmark", "machine", *further)]
+    return json.dumps([key, settings], sort_keys=True)
+
+
+def speed_ups(records: list[dict[str, Any]]) -> list[float]:
+    """Of those that measured one."""
+    return [r["metrics"]["speed_up"] for r in records if "speed_up" in r["metrics"]]
+
+
+def newest(*benchmarks: str) -> list[dict[str, Any]]:
+    """The newest record of some benchmarks, or all, for each of their settings and machines.
+
+    Under `speed_ups` it has those of all runs of its settings on its commit.
+    """
+    found = [records[-1] | {"speed_ups": speed_ups(records)} for records in by_settings("commit")]
+    found = list({settings_key(r): r for r in sorted(found, key=lambda r: r["utc"])}.values())
+    return [r for r in found if r["benchmark"] in benchmarks or not benchmarks]

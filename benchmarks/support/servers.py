@@ -1,0 +1,144 @@
+"""The servers that are measured over HTTP: which model, and with which arguments of vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_drop_vllm.cli.demo import BUNDLED_ADAPTER
+from lora_drop_vllm.cli.gguf_model import real_model
+from lora_drop_vllm.config import LoRADropConfig, resolve
+from lora_drop_vllm.method.adapter import BaseModel
+from lora_drop_vllm.server_process import Server
+from support.engines import SHAPES, make_shape
+
+DEMO = "demo"  # --model: the quick start's model with its adapter
+START_SECONDS = 1800  # a large model that compiles both kinds of step
+KV_SLACK = 512  # tokens a request may hold beyond its own: a block of slack in each group of layers
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under measurement.
+
+    Attributes:
+        name: as the tables show it
+        folder: with its config and tokenizer
+        dummy: whether its weights are made up
+        adapter: folder, or None for `untrained`
+    """
+
+    name: str
+    folder: Path
+    dummy: bool
+    adapter: str | None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`."""
+        raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        return raw
+
+    @property
+    def num_layers(self) -> int:
+        """n."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def shape(self) -> BaseModel:
+        """What an adapter must agree on with it."""
+        raw = self.config
+        return BaseModel(raw["model_type"], raw["num_hidden_layers"], raw["hidden_size"])
+
+    def settings(self, rho: float | None, k: int | None) -> dict[str, Any]:
+        """The value of `lora_drop`; None leaves a setting to the adapter or the default."""
+        given = {"rho": rho, "k": k}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return ({"adapter": self.adapter} if self.adapter else {"untrained": True}) | chosen
+
+    def resolved(self, settings: dict[str, Any]) -> LoRADropConfig:
+        """These settings with all defaults filled in."""
+        return resolve(settings, self.shape)
+
+
+def open_subject(model: str, adapter: str | None, scratch: Path) -> Subject:
+    """The model that `--model` and `--adapter` name.
+
+    Args:
+        model: one of `SHAPES`, `demo`, or a folder
+        adapter: folder
+        scratch: where a shape's folder is made
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if model == DEMO:
+        folder = real_model()
+        return Subject(folder.name, folder, False, adapter or str(BUNDLED_ADAPTER))
+    if model in SHAPES:
+        folder = make_shape(scratch / model, model)
+        make_tokenizer(folder, SHAPES[model]["vocab_size"])
+        return Subject(f"{model} shape", folder, True, adapter)
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(
+            f"--model {model}: no folder with a config.json; give one, or {DEMO}, or one of "
+            f"{', '.join(SHAPES)}"
+        )
+    return Subject(Path(model).resolve().name, Path(model), False, adapter)
+
+
+def make_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer for made-up weights: one word per token, so that text and ids agree."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{n}": n for n in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2"
+    ).save_pretrained(folder)
+
+
+def lora_drop_flags(settings: dict[str, Any]) -> list[str]:
+    """Arguments of vLLM that serve with these settings of LoRA-Drop."""
+    value = json.dumps({"lora_drop": settings})
+    return ["--model-impl", "lora_drop", "--additional-config", value]
+
+
+def engine_flags(subject: Subject, given: argparse.Namespace) -> list[str]:
+    """Arguments of vLLM that every variant has, sized for the longest and largest burst."""
+    raw = subject.config
+    heads = raw["num_attention_heads"]
+    width = raw.get("head_dim") or raw["hidden_size"] // heads
+    size = 4 if given.dtype == "float32" else 2  # bytes of a number
+    kv_heads = raw.get("num_key_value_heads") or heads
+    per_token = 2 * size * raw["num_hidden_layers"] * kv_heads * width
+    length = max(given.context) + max(given.tokens, given.kv_tokens) + 64
+    pool = max((length + KV_SLACK) * max(given.concurrency) * per_token, 1 << 28)
+    flags = ["--max-model-len", str(length), "--max-num-seqs", str(max(given.concurrency))]
+    flags += ["--dtype", given.dtype]
+    flags += ["--kv-cache-memory-bytes", str(pool), "--no-enable-prefix-caching"]
+    if given.compile:
+        sizes = json.dumps({"cudagraph_capture_sizes": sorted(given.concurrency)})
+        flags += ["--no-enforce-eager", "--compilation-config", sizes]
+    if subject.dummy:
+        flags += ["--load-format", "dummy"]
+    return flags
+
+
+def fewer_layers_flags(subject: Subject) -> list[str]:
+    """Arguments of vLLM for the same model with half of its layers, whose output means nothing."""
+    half: dict[str, Any] = {"num_hidden_layers": subject.num_layers // 2}
+    if kinds := subject.config.get("layer_types"):  # must stay as long as there are layers
+        half["layer_types"] = kinds[: subject.num_layers // 2]
+    return ["--load-format", "dummy", "--hf-overrides", json.dumps(half)]
+
+
+def server(subject: Subject, given: argparse.Namespace, *flags: str) -> Server:
+    """A server of the subject, not yet started."""
+    arguments = [*engine_flags(subject, given), *flags]
+    return Server(subject.folder, arguments, start_seconds=START_SECONDS)

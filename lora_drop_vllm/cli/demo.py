@@ -1,0 +1,209 @@
+"""The README's first command: a real model, a real server, one streamed answer, one table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lora_drop_vllm.cli.gguf_model import real_model
+from lora_drop_vllm.config import LoRADropConfig, resolve
+from lora_drop_vllm.method.adapter import BaseModel
+from lora_drop_vllm.method.cost import ideal_speed, packed_block_sizes
+from lora_drop_vllm.server_process import Server
+
+PROMPT = "Explain what a computer program is."
+ROUNDS = 3
+BUNDLED_ADAPTER = (
+    Path(str(files("lora_drop_vllm.adapters"))) / "smollm2-135m-instruct" / "rho25-skip"
+)
+CPU_BLOCK_UNIT = 32  # vLLM's CPU attention takes KV blocks of multiples of 32 tokens
+
+
+@dataclass
+class Report:
+    """What the demo measured; the last line it prints is this as JSON."""
+
+    text: str
+    tokens: int
+    full_steps: int
+    lora_steps: int
+    kv_slots_written: int
+    kv_slots_stock: int
+    kv_blocks_held: int
+    kv_blocks_stock: int
+    p50_ms: float
+    p95_ms: float
+    p50_ms_k0: float
+    p95_ms_k0: float
+    speedup: float
+    ideal_speedup: float
+
+
+def settings(arguments: Namespace) -> dict[str, Any]:
+    """The value of `lora_drop` for the demo's command line."""
+    given: dict[str, Any] = {"k": arguments.k}
+    if arguments.rho is not None:
+        given["rho"] = arguments.rho
+    if arguments.untrained or not (arguments.adapter or BUNDLED_ADAPTER.is_dir()):
+        return {"untrained": True, **given}
+    return {"adapter": str(arguments.adapter or BUNDLED_ADAPTER), **given}
+
+
+def run(settings: dict[str, Any], tokens: int, port: int | None = None) -> Report:
+    """Serve the real model under `settings`, stream one answer, measure, print a table.
+
+    Args:
+        settings: the value of `lora_drop` in `--additional-config`
+        tokens: length of the answer and of each measured request
+        port: of the server; a free one by default
+    """
+    model = real_model()
+    config = resolve(settings, _base_model(model))
+    print(f"Model:    {model}\nSettings: {json.dumps(settings)}", flush=True)
+    arguments = ["--model-impl", "lora_drop"]
+    arguments += ["--additional-config", json.dumps({"lora_drop": settings})]
+    with Server(model, arguments, port) as server:
+        print(f"Server:   {server.url} (log: {server.log})\n\n> {PROMPT}\n", flush=True)
+        before = server.metrics()
+        text, blocks = _stream_aloud(server, tokens)
+        used = {name: value - before[name] for name, value in server.metrics().items()}
+        times = _alternate(server, tokens, config)
+    layers, rest = _step_costs(model, config, statistics.median(times[0]), port)
+    report = _report(text, used, blocks, times, config, layers, rest)
+    _print_table(report, config)
+    print(json.dumps(asdict(report)), flush=True)
+    return report
+
+
+def _base_model(model: Path) -> BaseModel:
+    raw = json.loads((model / "config.json").read_text())
+    return BaseModel(raw["model_type"], raw["num_hidden_layers"], raw["hidden_size"])
+
+
+def _stream_aloud(server: Server, tokens: int) -> tuple[str, int]:
+    """Print the answer as it comes; returns it and the most KV blocks the drop layers held."""
+    pieces, blocks = [], 0
+    for n, piece in enumerate(_stream(server, tokens, None, ignore_eos=False)):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+        if n % 8 == 0:
+            blocks = max(blocks, server.metrics()["kv_blocks"])
+    print("\n", flush=True)
+    return "".join(pieces), blocks
+
+
+def _stream(server: Server, tokens: int, k: int | None, ignore_eos: bool) -> Iterator[str]:
+    body: dict[str, Any] = {"ignore_eos": ignore_eos}
+    if k is not None:
+        body["vllm_xargs"] = {"lora_drop_k": k}
+    answer = server.client().chat.completions.create(
+        model=server.name,
+        messages=[{"role": "user", "content": PROMPT}],
+        max_tokens=tokens,
+        temperature=0,
+        stream=True,
+        extra_body=body,
+    )
+    for chunk in answer:
+        if chunk.choices and (piece := chunk.choices[0].delta.content) is not None:
+            yield piece
+
+
+def _latencies(server: Server, tokens: int, k: int) -> list[float]:
+    """Milliseconds between the streamed tokens of one answer of exactly `tokens` tokens."""
+    stamps = [time.perf_counter() for _ in _stream(server, tokens, k, ignore_eos=True)]
+    gaps = [1000 * (b - a) for a, b in zip(stamps, stamps[1:])]
+    return gaps[4:]  # the first chunk and the cold start of a request are not decoding
+
+
+def _alternate(server: Server, tokens: int, config: LoRADropConfig) -> dict[int, list[float]]:
+    times: dict[int, list[float]] = {0: [], config.k: []}
+    for n in range(ROUNDS):
+        for k in times:
+            print(f"\rMeasuring: round {n + 1} of {ROUNDS}, k={k} ", end="", flush=True)
+            times[k] += _latencies(server, tokens, k)
+    print("\r" + " " * 40 + "\r", end="")
+    return times
+
+
+def _step_costs(
+    model: Path, config: LoRADropConfig, full_step: float, port: int | None
+) -> tuple[list[float], float]:
+    """c_i of every layer and c_h, from the same server with half of the layers."""
+    half = config.num_layers // 2
+    overrides = json.dumps({"num_hidden_layers": half})
+    print(f"Measuring what lies outside the layers, with {half} of them", flush=True)
+    arguments = ["--load-format", "dummy", "--hf-overrides", overrides]
+    with Server(model, arguments, port) as server:
+        half_step = statistics.median(_latencies(server, 64, 0))
+    layer = max(full_step - half_step, 0.0) / (config.num_layers - half)
+    return [layer] * config.num_layers, max(full_step - layer * config.num_layers, 0.0)
+
+
+def _report(
+    text: str,
+    used: dict[str, int],
+    blocks: int,
+    times: dict[int, list[float]],
+    config: LoRADropConfig,
+    layers: list[float],
+    rest: float,
+) -> Report:
+    slots_stock = used["kv_slots_written"] + used["kv_slots_skipped"]
+    num_drop = len(config.drop_layers)
+    _, block = packed_block_sizes(config.num_layers - num_drop, num_drop, CPU_BLOCK_UNIT)
+    ours, stock = times[config.k], times[0]
+    period = config.k + 1
+    return Report(
+        text=text,
+        tokens=used["full_steps"] + used["lora_steps"],
+        full_steps=used["full_steps"],
+        lora_steps=used["lora_steps"],
+        kv_slots_written=used["kv_slots_written"],
+        kv_slots_stock=slots_stock,
+        kv_blocks_held=blocks,
+        kv_blocks_stock=-(-slots_stock // block),
+        p50_ms=_percentile(ours, 50),
+        p95_ms=_percentile(ours, 95),
+        p50_ms_k0=_percentile(stock, 50),
+        p95_ms_k0=_percentile(stock, 95),
+        speedup=round(
+            statistics.median(_per_cycle(stock, period))
+            / statistics.median(_per_cycle(ours, period)),
+            3,
+        ),
+        ideal_speedup=round(ideal_speed(layers, list(config.drop_layers), config.k, rest), 3),
+    )
+
+
+def _per_cycle(gaps: list[float], period: int) -> list[float]:
+    """Mean time of a token over each window of one cycle."""
+    return [statistics.fmean(gaps[i : i + period]) for i in range(0, len(gaps) - period + 1)]
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    return round(statistics.quantiles(values, n=100, method="inclusive")[percent - 1], 2)
+
+
+def _print_table(r: Report, config: LoRADropConfig) -> None:
+    rows = [
+        ("", f"LoRA-Drop k={config.k}", "all layers k=0"),
+        ("tokens", r.tokens, r.tokens),
+        ("full / LoRA steps", f"{r.full_steps} / {r.lora_steps}", f"{r.tokens} / 0"),
+        ("KV slots, each drop layer", r.kv_slots_written, r.kv_slots_stock),
+        ("KV blocks, drop layers", r.kv_blocks_held, r.kv_blocks_stock),
+        ("inter-token p50, ms", r.p50_ms, r.p50_ms_k0),
+        ("inter-token p95, ms", r.p95_ms, r.p95_ms_k0),
+        ("speed-up over a cycle", f"{r.speedup:.2f}x", "1.00x"),
+        ("ideal (a dropped layer free)", f"{r.ideal_speedup:.2f}x", ""),
+    ]
+    for name, ours, stock in rows:
+        print(f"{name:<30}{ours!s:>18}{stock!s:>18}")
+    print(flush=True)

@@ -1,0 +1,231 @@
+"""Questions that a served model answers freely: the base model and LoRA-Drop on the same prompts.
+
+Both are the same server, greedy: requests with k = 0 run the base model, bit for bit. One request
+with k = 0 makes every step of its batch full, so the two never run side by side: all questions are
+first asked of the base model, then of LoRA-Drop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from lora_drop_vllm.evaluation.significance import Comparison
+from lora_drop_vllm.server_process import Endpoint
+
+STOPS_ASKED = 4  # the most that the API takes; the rest is cut here
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a server is asked.
+
+    Attributes:
+        url: of a running one; None starts one
+        dtype: of the one that is started, as for vLLM
+        num_fewshot: worked examples before a word problem
+        max_tokens: of an answer
+        concurrency: requests at a time. With more than one a step is full for all as soon as one
+            brings a prompt or is due, so LoRA-Drop runs more full steps than alone
+        run_code: whether programs that the model writes may run on this machine
+    """
+
+    url: str | None = None
+    dtype: str = "auto"
+    num_fewshot: int = 5
+    max_tokens: int = 512
+    concurrency: int = 1
+    run_code: bool = False
+
+
+class Mark(NamedTuple):
+    """Of one answer: right or not by each measure, and what was found in it."""
+
+    right: dict[str, bool]
+    found: str
+
+
+@dataclass(frozen=True)
+class DecodedTask:
+    """Questions ready to ask.
+
+    Attributes:
+        questions: their names, one per prompt
+        stop: strings that end an answer, the most frequent first
+        mark: of the answer to the question of that row
+        skipped: lines of the file that could not be used
+    """
+
+    name: str
+    questions: Sequence[str]
+    prompts: Sequence[str]
+    stop: Sequence[str]
+    mark: Callable[[int, str], Mark]
+    skipped: int
+
+
+class Answer(NamedTuple):
+    """What the model said; `refusal` is the server's reason if it took no such prompt."""
+
+    text: str
+    tokens: int
+    cut_off: bool
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """All questions asked once.
+
+    Attributes:
+        cut_off: answers that `max_tokens` ended
+        full_steps, lora_steps: engine steps of either kind that the server ran meanwhile
+    """
+
+    tokens: int
+    cut_off: int
+    full_steps: int
+    lora_steps: int
+
+
+@dataclass(frozen=True)
+class DecodedResult:
+    """One task, asked of both.
+
+    Attributes:
+        skipped: questions left out: unreadable, or refused by the server
+        refusal: the server's first reason for that
+        measures: share of right answers by each
+        answers: one entry per question, with what both said
+    """
+
+    task: str
+    examples: int
+    skipped: int
+    refusal: str
+    base: Pass
+    lora_drop: Pass
+    measures: dict[str, Comparison]
+    answers: list[dict[str, Any]]
+
+
+def run_decoded(server: Endpoint, task: DecodedTask, decoding: Decoding) -> DecodedResult:
+    """Ask both, mark both.
+
+    Raises:
+        ValueError: the server does not serve with LoRA-Drop, or refuses every question.
+        RuntimeError: it did not run the steps that were to be evaluated.
+    """
+    base, base_pass = _ask_all(server, task, decoding, {"lora_drop_k": 0}, "base")
+    if base_pass.lora_steps:
+        raise RuntimeError(
+            f"{task.name}: {base_pass.lora_steps} LoRA steps ran while every request of ours had "
+            f"k = 0; others use {server.url}, which changes both results: evaluate on a server "
+            "of your own"
+        )
+    ours, our_pass = _ask_all(server, task, decoding, {}, "LoRA-Drop")
+    if not our_pass.lora_steps:
+        raise RuntimeError(
+            f"{task.name}: no LoRA step ran in {our_pass.full_steps} steps, so there is nothing "
+            "to compare: the server's k is 0, or it drops no layer, or every answer was empty"
+        )
+    refusals = [a.refusal or b.refusal for a, b in zip(ours, base)]
+    rows = [row for row, refusal in enumerate(refusals) if not refusal]
+    base_marks, our_marks = [], []
+    for row in tqdm(rows, desc=f"{task.name} marks"):
+        base_marks.append(task.mark(row, base[row].text))
+        same = ours[row].text == base[row].text
+        our_marks.append(base_marks[-1] if same else task.mark(row, ours[row].text))
+    return DecodedResult(
+        task=task.name,
+        examples=len(rows),
+        skipped=task.skipped + len(refusals) - len(rows),
+        refusal=next(filter(None, refusals), ""),
+        base=base_pass,
+        lora_drop=our_pass,
+        measures=_compare(our_marks, base_marks),
+        answers=[
+            {
+                "question": task.questions[row],
+                "base": {"text": base[row].text, **base_mark._asdict()},
+                "lora_drop": {"text": ours[row].text, **our_mark._asdict()},
+            }
+            for row, base_mark, our_mark in zip(rows, base_marks, our_marks)
+        ],
+    )
+
+
+def _compare(ours: Sequence[Mark], base: Sequence[Mark]) -> dict[str, Comparison]:
+    return {
+        measure: Comparison.of(
+            [mark.right[measure] for mark in ours], [mark.right[measure] for mark in base]
+        )
+        for measure in ours[0].right
+    }
+
+
+def _ask_all(
+    server: Endpoint, task: DecodedTask, decoding: Decoding, xargs: dict[str, int], who: str
+) -> tuple[list[Answer], Pass]:
+    """Every answer, in the order of the questions, and what it took."""
+    from openai import APIError, BadRequestError
+
+    client = server.client()
+    # greedy in full: a model's own generation config may bring a penalty
+    extra = {"repetition_penalty": 1.0} | ({"vllm_xargs": xargs} if xargs else {})
+
+    def ask(prompt: str) -> Answer:
+        try:
+            said = client.completions.create(
+                model=server.name,
+                prompt=prompt,
+                max_tokens=decoding.max_tokens,
+                temperature=0,
+                stop=list(task.stop[:STOPS_ASKED]),
+                extra_body=extra,
+            )
+        except BadRequestError as error:
+            return Answer("", 0, False, " ".join(error.message.split()))
+        choice = said.choices[0]
+        text = cut(choice.text, task.stop)
+        cut_off = choice.finish_reason == "length" and text == choice.text
+        return Answer(text, said.usage.completion_tokens, cut_off)
+
+    before = _steps(server)
+    bar = {"total": len(task.prompts), "desc": f"{task.name} {who}"}
+    try:
+        with ThreadPoolExecutor(decoding.concurrency) as pool:
+            answers = list(tqdm(pool.map(ask, task.prompts), **bar))
+    except APIError as error:
+        raise RuntimeError(f"{task.name}: {server.url} failed to answer ({error})") from error
+    after = _steps(server)
+    if all(answer.refusal for answer in answers):
+        raise ValueError(f"{task.name}: the server refuses every question: {answers[0].refusal}")
+    return answers, Pass(
+        tokens=sum(answer.tokens for answer in answers),
+        cut_off=sum(answer.cut_off for answer in answers),
+        full_steps=after["full_steps"] - before["full_steps"],
+        lora_steps=after["lora_steps"] - before["lora_steps"],
+    )
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of the strings that end it."""
+    return min((text.partition(end)[0] for end in stop), key=len, default=text)
+
+
+def _steps(server: Endpoint) -> dict[str, int]:
+    try:
+        counters = server.metrics()
+    except OSError as error:
+        raise RuntimeError(f"{server.url}/metrics cannot be read ({error})") from error
+    if "lora_steps" not in counters:
+        raise ValueError(
+            f"{server.url} serves without LoRA-Drop (it counts no LoRA steps at /metrics); start "
+            "it with --model-impl lora_drop"
+        )
+    return counters

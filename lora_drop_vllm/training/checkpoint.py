@@ -1,0 +1,107 @@
+"""Where a training run stands: one file, replaced as a whole, and a log that agrees with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_drop_vllm.atomic_files import append_line, replacing
+from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
+from lora_drop_vllm.training.rows import Position
+
+FILE = "training.safetensors"
+LOG = "training.jsonl"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """After `step` steps.
+
+    Attributes:
+        config: of the adapter
+        run: the settings that the run goes by
+        position: in the corpus
+        tensors: the adapter's, and as `exp_avg/…` and `exp_avg_sq/…` AdamW's
+    """
+
+    config: AdapterConfig
+    run: dict[str, Any]
+    step: int
+    position: Position
+    tensors: dict[str, Tensor]
+
+    def save(self, folder: Path) -> None:
+        """Replace the folder's checkpoint; a kill leaves the old one or the new one."""
+        state = {
+            "config": asdict(self.config),
+            "run": self.run,
+            "step": self.step,
+            "position": self.position,
+        }
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
+        with replacing(folder / FILE) as scratch:
+            save_file(tensors, scratch, metadata={"state": json.dumps(state)})
+
+    @classmethod
+    def load(cls, folder: Path) -> Checkpoint | None:
+        """The folder's checkpoint, if it has one.
+
+        Raises:
+            ValueError: the file is none.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            base = BaseModel(**state["config"].pop("base_model"))
+            config = AdapterConfig(base_model=base, **state["config"])
+            position = Position(*state["position"])
+            return cls(config, state["run"], state["step"], position, tensors)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: not a checkpoint of `lora-drop train` ({error}); delete it, or choose "
+                "another --out"
+            ) from error
+
+    def check_run(self, run: Mapping[str, Any], folder: Path) -> None:
+        """Raise ValueError where the run in the folder goes by other settings."""
+        for name, value in run.items():
+            if (other := self.run.get(name)) != value:
+                raise ValueError(
+                    f"--out {folder}: a run with --{name.replace('_', '-')} {other} is in it, not "
+                    f"{value}; go on with that, or choose another --out"
+                )
+
+
+def read_log(folder: Path, steps: int) -> list[dict[str, float]]:
+    """The log's entries of the first `steps` steps; a line cut by a kill is none."""
+    path, entries = folder / LOG, []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if entry["step"] <= steps:
+            entries.append(entry)
+    return entries
+
+
+def write_log(folder: Path, entries: list[dict[str, float]]) -> None:
+    """Replace the log."""
+    with replacing(folder / LOG) as scratch:
+        scratch.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def append_log(folder: Path, entry: dict[str, float]) -> None:
+    """Add a step's entry."""
+    append_line(folder / LOG, json.dumps(entry))

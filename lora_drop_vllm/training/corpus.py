@@ -1,0 +1,163 @@
+"""Text to fit and train on: documents from files, and from datasets by name.
+
+A plain text file is one document; of a `.jsonl` file every line is one, in its field `text`, or a
+conversation in its field `messages`. Both may be gzipped (`.gz`). Rows of a dataset are as such
+lines. The field `source`, if any, says what a document was taken from. Lines that cannot be used
+are skipped and counted.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora_drop_vllm.training.chat import Conversation, Reply, render
+
+DATASET = "datasets:"  # before a name, in the place of a file
+FIELDS = (
+    "a text in its field `text`, nor with a list of messages, each a role and a content, and one a "
+    "reply of the assistant, in `messages`"
+)
+
+
+class Text(str):
+    """A document whose line names its source."""
+
+    source = ""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to fit or train on.
+
+    Attributes:
+        skipped: lines, rows or replies that could not be used
+        origin: of what it was read: name, and bytes of the file or rows of the dataset
+    """
+
+    documents: Sequence[str | Conversation | Reply]
+    skipped: int
+    origin: Sequence[tuple[str, int]] = field(default=(), compare=False)
+
+    def rendered(self, tokenizer: Any, length: int) -> Corpus:
+        """With replies of up to `length` tokens in the place of conversations.
+
+        Raises:
+            ValueError: none of them can be used, or there is no chat template.
+        """
+        documents, reasons = render(self.documents, tokenizer, length)
+        if not documents:
+            raise ValueError(
+                f"--corpus: no reply can be used; {reasons[0]} ({len(reasons)} such replies)"
+            )
+        return replace(self, documents=documents, skipped=self.skipped + len(reasons))
+
+    def remark(self) -> str:
+        """On what was skipped, if anything; to be put behind a report."""
+        if not self.skipped:
+            return ""
+        return f"; {self.skipped} lines or replies of the corpus could not be used"
+
+
+def read_corpus(sources: Sequence[str | Path]) -> Corpus:
+    """All documents that hold something, of files and of `datasets:NAME[:CONFIG[:SPLIT]]`.
+
+    Raises:
+        ValueError: a source cannot be read, is binary, or has nothing in it that can be used.
+    """
+    documents: list[str | Conversation] = []
+    skipped, origin = 0, []
+    for source in map(str, sources):
+        if source.startswith(DATASET):
+            found, reasons = _read_dataset(source)
+            origin.append((source, len(found) + len(reasons)))
+        else:
+            found, reasons = _read_file(Path(source))
+            origin.append((Path(source).name, Path(source).stat().st_size))
+        found = [text for text in found if not isinstance(text, str) or text.strip()]
+        if not found:
+            raise ValueError(
+                f"--corpus {source}: "
+                + (
+                    f"nothing can be used; {reasons[0]} ({len(reasons)} such)"
+                    if reasons
+                    else "empty; name a source with text in it"
+                )
+            )
+        documents += found
+        skipped += len(reasons)
+    return Corpus(documents, skipped, origin)
+
+
+def _read_file(path: Path) -> tuple[list[str | Conversation], list[str]]:
+    """Documents of a file, and why its other lines are none."""
+    jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
+    texts: list[Any] = []
+    reasons: list[str] = []
+    try:
+        for number, line in enumerate(_lines(path), start=1):
+            if b"\0" in line:
+                raise ValueError(
+                    f"--corpus {path}: a binary file (NUL in line {number}); name a text file"
+                )
+            if not line.strip():
+                texts += [] if jsonl else ["\n"]
+                continue
+            try:
+                texts.append(_document(json.loads(line)) if jsonl else line.decode())
+            except UnicodeDecodeError:
+                reasons.append(f"line {number} is not UTF-8")
+            except (json.JSONDecodeError, KeyError):
+                reasons.append(f"line {number} is no JSON object with {FIELDS}")
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--corpus {path}: cannot be read ({reason}); check the file") from error
+    if not jsonl:
+        texts = ["".join(texts)]
+    return texts, reasons
+
+
+def _read_dataset(source: str) -> tuple[list[Any], list[str]]:
+    """Documents of a split of a dataset, and why its other rows are none."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"--corpus {source}: takes the package datasets; pip install 'lora_drop_vllm[train]'"
+        ) from error
+    name, config, split, *_ = [*source.removeprefix(DATASET).split(":", 2), "", ""]
+    try:
+        rows = load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # its own classes, and those of whatever read the files
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"--corpus {source}: cannot be read ({reason}); expected {DATASET}NAME[:CONFIG"
+            "[:SPLIT]], NAME a folder or on the Hugging Face Hub"
+        ) from error
+    texts, reasons = [], []
+    for number, row in enumerate(rows):
+        try:
+            texts.append(_document(row))
+        except KeyError:
+            reasons.append(f"row {number} ({', '.join(row)}) is none with {FIELDS}")
+    return texts, reasons
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        yield from file
+
+
+def _document(raw: Any) -> str | Conversation:
+    if not isinstance(raw, dict):
+        raise KeyError("text")
+    if isinstance(raw.get("text"), str):
+        text = Text(raw["text"])
+        text.source = str(raw.get("source", ""))
+        return text
+    return Conversation.of(raw.get("messages"))

@@ -1,0 +1,198 @@
+"""One optimizer step on A, B and g, on every device, and what it depends on."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_drop_vllm.decode.decoder import ForcedDecoder
+from lora_drop_vllm.decode.trainable import Adapter
+from lora_drop_vllm.training.checkpoint import Checkpoint
+from lora_drop_vllm.training.objective import Weights, backward
+from lora_drop_vllm.training.rows import Row, Rows, random_schedule, stack
+
+BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps, of `accumulate` times `batch` rows on each device
+        warmup: steps of rising learning rate; then it falls along a cosine
+        clip: norm of the gradient at most
+        save_every: steps between two checkpoints, what a kill loses at most
+        bf16: autocast
+        checkpointing: recompute layers in the backward pass, to save memory
+    """
+
+    steps: int = 500
+    batch: int = 4
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: int = 20
+    clip: float = 1.0
+    ce: float = 1.0
+    kl: float = 1.0
+    hidden: float = 0.0
+    save_every: int = 50
+    bf16: bool = False
+    checkpointing: bool = False
+    attention: str = "sdpa"
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be, naming the flag."""
+        least = {"steps": 1, "batch": 1, "accumulate": 1, "save_every": 1, "warmup": 0}
+        least |= {"ce": 0, "kl": 0, "hidden": 0}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: expected {bound} or more"
+                )
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected more than 0")
+        if not self.ce + self.kl + self.hidden > 0:
+            raise ValueError("--ce, --kl, --hidden: all 0; give one of them some weight")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        share = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.lr * (1 + math.cos(math.pi * share)) / 2
+
+
+class Devices:
+    """The processes that train together: those of `accelerate launch` or `torchrun`, or one alone.
+
+    Raises:
+        ValueError: there are others, and no accelerate to bring them together.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.count = 0, 1
+        self._accelerator: Any = None
+        if importlib.util.find_spec("accelerate") is not None:
+            from accelerate import Accelerator
+
+            # not told that it is to be the CPU, accelerate takes each process for one alone
+            self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+            self.number = self._accelerator.process_index
+            self.count = self._accelerator.num_processes
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.count:
+            raise ValueError(
+                f"started as {started} processes, of which {self.count} would train together; "
+                "pip install 'lora_drop_vllm[train]', or start one process"
+            )
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Over all processes."""
+        if self.count == 1:
+            return x
+        reduced: Tensor = self._accelerator.reduce(x, "mean")
+        return reduced
+
+
+class Trainer:
+    """One run: its adapter, optimizer and place in the corpus.
+
+    Args:
+        rows: the corpus from where the checkpoint stands
+        checkpoint: to go on from; the first of a run has no optimizer state
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Rows,
+        plan: Plan,
+        seed: int,
+        checkpoint: Checkpoint,
+        devices: Devices,
+    ) -> None:
+        config = checkpoint.config
+        tensors = {n: t for n, t in checkpoint.tensors.items() if "/" not in n}
+        self.adapter = Adapter(config, tensors).to(model.device)
+        self.decoder = ForcedDecoder(
+            model, self.adapter, attention=plan.attention, checkpoint=plan.checkpointing
+        )
+        self.rows, self.plan, self.seed, self.devices = rows, plan, seed, devices
+        self.step, self.run = checkpoint.step, checkpoint.run
+        self._parameters = self.adapter.tensors()
+        self._optimizer = torch.optim.AdamW(
+            list(self._parameters.values()), lr=plan.lr, betas=BETAS, weight_decay=0.0
+        )
+        if self.step:
+            for name, parameter in self._parameters.items():
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    **{
+                        key: checkpoint.tensors[f"{key}/{name}"].to(model.device)
+                        for key in ("exp_avg", "exp_avg_sq")
+                    },
+                }
+
+    def checkpoint(self) -> Checkpoint:
+        """Where the run stands."""
+        tensors = dict(self._parameters)
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state[parameter].items():
+                if key != "step":
+                    tensors[f"{key}/{name}"] = value
+        return Checkpoint(self.adapter.config, self.run, self.step, self.rows.position, tensors)
+
+    def advance(self) -> dict[str, float]:
+        """One optimizer step; returns the log's entry.
+
+        Raises:
+            ValueError: the loss or the gradient is not finite; the adapter is as it was.
+        """
+        plan, device = self.plan, self.decoder.model.device
+        self._optimizer.zero_grad()
+        losses = torch.zeros(3, dtype=torch.float64, device=device)
+        count = 0
+        for part in range(plan.accumulate * self.devices.count):
+            chosen = [next(self.rows) for _ in range(plan.batch)]
+            if part % self.devices.count != self.devices.number:
+                continue
+            count += sum(len(row.tokens) for row in chosen)
+            number = self.step * plan.accumulate * self.devices.count + part
+            losses += self._backward(chosen, number) / plan.accumulate
+        losses = self.devices.mean(losses)
+        gradient = [p.grad for p in self._parameters.values() if p.grad is not None]
+        for own in gradient:
+            own.copy_(self.devices.mean(own))
+        norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), plan.clip)
+        ce, kl, hidden = losses.tolist()
+        total = plan.ce * ce + plan.kl * kl + plan.hidden * hidden
+        if not (math.isfinite(total) and math.isfinite(float(norm))):
+            raise ValueError(
+                f"step {self.step + 1}: the loss is {total} and its gradient's norm {float(norm)}; "
+                f"lower --lr {plan.lr} or raise --warmup {plan.warmup}; --from with this run's "
+                "--out begins at its last checkpoint"
+            )
+        rate = plan.rate(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self.step += 1
+        entry = {"step": self.step, "loss": total, "ce": ce, "kl": kl, "hidden": hidden}
+        return entry | {"lr": rate, "norm": float(norm), "tokens": count * self.devices.count}
+
+    def _backward(self, chosen: Sequence[Row], number: int) -> Tensor:
+        plan, device = self.plan, self.decoder.model.device
+        tokens, sequence = (x.to(device) for x in stack(chosen, self.rows.length))
+        schedule = random_schedule(sequence, chosen, self.adapter.config.k, self.seed, number)
+        weights = Weights(plan.ce, plan.kl, plan.hidden)
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16):
+            return backward(self.decoder, tokens, schedule, weights, 1 / plan.accumulate)

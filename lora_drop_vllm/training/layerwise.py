@@ -1,0 +1,95 @@
+"""Adapters in closed form, layer by layer, on the student's own inputs (Sec. II-E).
+
+In model order, each site of each drop layer is fitted (`regression.py`) at the LoRA positions; the
+student then runs on with the result, so that the next layer is fitted on what it will really see.
+What is kept is the stream of student and base model at one layer; no logits are made, and layers
+behind the last drop layer never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lora_drop_vllm.decode.decoder import (
+    Batch,
+    ends,
+    halves,
+    kept,
+    refresh,
+    regressor,
+    run_layer,
+    through,
+    update,
+)
+from lora_drop_vllm.decode.positions import take
+from lora_drop_vllm.decode.trainable import Site, named
+from lora_drop_vllm.method.adapter import AdapterConfig
+from lora_drop_vllm.method.reuse import REUSE, SITES
+from lora_drop_vllm.training.regression import Moments, fit_site
+from lora_drop_vllm.training.samples import HELD_OUT, Sample
+
+
+@torch.no_grad()
+def fit_tensors(model: Any, samples: Sequence[Sample], config: AdapterConfig) -> dict[str, Tensor]:
+    """The adapter's tensors."""
+    teacher = [model.model.embed_tokens(sample.tokens) for sample in samples]
+    student, tensors = teacher, {}
+    batches = [sample.batch for sample in samples]
+    layers = model.model.layers[: config.drop_layers[-1] + 1]
+    for i, layer in enumerate(tqdm(layers, desc="Fitting", unit="layer")):
+        if i in config.drop_layers:
+            of, teacher, student = fit_layer(layer, teacher, student, batches, config)
+            tensors |= named(config, i, of)
+            continue
+        shared = student is teacher
+        teacher = [run_layer(layer, x, batch) for x, batch in zip(teacher, batches)]
+        student = teacher if shared else [run_layer(layer, x, b) for x, b in zip(student, batches)]
+    return tensors
+
+
+def fit_layer(
+    layer: Any,
+    teacher: list[Tensor],
+    student: list[Tensor],
+    batches: Sequence[Batch],
+    config: AdapterConfig,
+    unseen: Container[int] = (),
+) -> tuple[list[Site], list[Tensor], list[Tensor]]:
+    """The sites of a drop layer, and both streams behind it.
+
+    Args:
+        teacher, student: [N, T, d] of each batch  what enters the layer without and with LoRA-Drop
+        unseen: numbers of batches that are not to be fitted on, nor to choose the ridge
+    """
+    rule = REUSE[config.reuse]
+    goals = [ends(halves(layer, x, batch), config)[1:] for x, batch in zip(teacher, batches)]
+    streams = [refresh(layer, x, batch, config.kv) for x, batch in zip(student, batches)]
+    z = [take(x, batch.layout.lora_at) for x, batch in zip(student, batches)]
+    of: list[Site] = []
+    for n in range(len(SITES[config.injection])):
+        around = [ends(stream, config)[n : n + 2] for stream in streams]
+        fitted, held_out = (Moments.zero(z[0].shape[-1], z[0].device) for _ in range(2))
+        for number, batch in enumerate(batches):
+            if number in unseen:
+                continue
+            state = kept(*around[number], rule, None)
+            (held_out if number % HELD_OUT == 1 else fitted).add(
+                regressor(z[number], batch.layout, rule),
+                take(goals[number][n], batch.layout.lora_at),
+                None if state is None else take(state, batch.layout.slots),
+                rule.beta,
+            )
+        of.append(fit_site(fitted, held_out, rule, config.r, config.scale))
+        z = [
+            through(of[-1], rows, *sides, batch.layout, config)
+            for rows, sides, batch in zip(z, around, batches)
+        ]
+    outputs = [
+        update(x, stream, batch, config, of) for x, stream, batch in zip(student, streams, batches)
+    ]
+    return of, [goal[-1] for goal in goals], outputs

@@ -1,0 +1,246 @@
+"""`lora-drop profile`: which layers a model can do without (Sec. IV-B, IV-C).
+
+Similarity: sim(l, distance) of Eq. 17 over the base model's stream, batch by batch. KL: each layer
+alone and runs of layers drop with an update fitted for them, and the model's distributions are held
+against the base model's (`runs.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from lora_drop_vllm.decode.decoder import base_model, run_layer
+from lora_drop_vllm.decode.pretrained import open_model
+from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
+from lora_drop_vllm.method.layers import eligible_layers, num_drop_layers, rank_layers
+from lora_drop_vllm.training.corpus import read_corpus
+from lora_drop_vllm.training.layer_runs import Run, measure_runs
+from lora_drop_vllm.training.samples import Sample, sample
+from lora_drop_vllm.training.settings import CRITERIA, Settings
+
+DISTANCES = (1, 2, 3, 5, 10)  # of Fig. 4
+HORIZON = 0.5  # the least similarity within the similarity horizon, Fig. 1
+
+
+def profile(
+    model: str,
+    corpus: Sequence[str | Path],
+    settings: Settings,
+    out: Path,
+    *,
+    criterion: str,
+    distances: Sequence[int],
+    rhos: Sequence[float],
+    plots: bool,
+) -> str:
+    """Profile a model, write `profile.json` and figures to `out`, and say what was found.
+
+    Raises:
+        ValueError: settings or a corpus that cannot be used.
+    """
+    from lora_drop_vllm.plots import plot_profile, require_matplotlib
+
+    if plots:
+        require_matplotlib()
+    for rho in rhos:
+        if not 0 < rho <= 1:
+            raise ValueError(
+                f"--rho {rho}: expected more than 0, up to 1; write 0.25 for a quarter"
+            )
+    texts = read_corpus(corpus)
+    base, tokenizer = open_model(model)
+    settings.check(base_model(base))
+    texts = texts.rendered(tokenizer, settings.length)
+    found = measure(
+        base,
+        sample(base, tokenizer, texts, settings),
+        distances,
+        settings.config(model, base_model(base)) if criterion == "kl" else None,
+        rhos,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    report = found.report(rhos)
+    (out / "profile.json").write_text(json.dumps(report, indent=2) + "\n")
+    if plots:
+        plot_profile(found, out)
+    return _render(out, report)
+
+
+def _render(out: Path, report: dict[str, Any]) -> str:
+    lines = [
+        f"{out}/profile.json: {report['tokens']} tokens, similarity horizon "
+        f"{report['mean_horizon']} of {report['distances']}"
+    ]
+    for rho, choices in report["drop_layers"].items():
+        lines += [f"rho {rho}, {choice}: {layers}" for choice, layers in choices.items()]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a model's layers are like; `profile.json` in its own names.
+
+    Attributes:
+        tokens: it was measured on
+        similarity: [n][distances]  sim(l, distance) of every layer
+        runs: of layers dropped with an update fitted for them, single layers among them; or None
+    """
+
+    base_model: BaseModel
+    tokens: int
+    distances: list[int]
+    similarity: list[list[float]]
+    runs: list[Run] | None = None
+
+    @property
+    def kl(self) -> list[float | None] | None:
+        """[n]  KL(base || the layer alone dropped), None for layers that never drop; or None."""
+        if self.runs is None:
+            return None
+        alone = {run.first: run.kl for run in self.runs if run.count == 1}
+        return [alone.get(i) for i in range(self.base_model.num_hidden_layers)]
+
+    def scores(self, criterion: str) -> list[float]:
+        """Of every layer; the higher, the sooner it drops (Sec. IV-C).
+
+        Raises:
+            ValueError: the profile was made without that criterion.
+        """
+        if criterion == "similarity":
+            return [sum(row) / len(row) for row in self.similarity]
+        if self.kl is None:
+            raise ValueError("--layers kl: the profile has none; make it with --criterion kl")
+        return [float("-inf") if value is None else -value for value in self.kl]
+
+    def choose(self, choice: str, count: int) -> list[int]:
+        """The `count` layers that drop.
+
+        `contiguous` is the measured run of the lowest KL, and without KL that of the highest mean
+        similarity; other choices are criteria and take the layers that score highest alone.
+
+        Raises:
+            ValueError: the profile was made without that criterion, or for other counts.
+        """
+        if choice == "contiguous" and self.runs is not None:
+            if runs := [run for run in self.runs if run.count == count]:
+                return min(runs, key=lambda run: run.kl).layers
+            raise ValueError(
+                f"--layers contiguous: {count} layers are to drop and the profile has runs of "
+                f"{', '.join(map(str, sorted({run.count for run in self.runs})))}; make it with "
+                "that --rho, or choose --layers kl"
+            )
+        scores = self.scores("kl" if choice == "kl" else "similarity")
+        eligible = eligible_layers(self.base_model.num_hidden_layers)
+        return rank_layers(choice, count, eligible, scores)
+
+    def horizon(self, curve: Sequence[float]) -> int:
+        """Largest distance up to which a similarity by distance remains at 0.5 or more (Fig. 1)."""
+        within = 0
+        for distance, value in sorted(zip(self.distances, curve)):
+            if value < HORIZON:
+                break
+            within = distance
+        return within
+
+    def mean_curve(self) -> list[float]:
+        """Similarity by distance, over all layers."""
+        return [sum(column) / len(column) for column in zip(*self.similarity)]
+
+    def report(self, rhos: Sequence[float]) -> dict[str, Any]:
+        """Everything, with scores, horizons and the drop layers for each rho by each choice."""
+        choices = (*CRITERIA[: 1 if self.runs is None else 2], "contiguous")
+        counts = {rho: num_drop_layers(rho, self.base_model.num_hidden_layers) for rho in rhos}
+        lists = {
+            str(rho): {choice: self.choose(choice, count) if count else [] for choice in choices}
+            for rho, count in counts.items()
+        }
+        return asdict(self) | {
+            "kl": self.kl,
+            "scores": self.scores("similarity"),
+            "horizon": [self.horizon(row) for row in self.similarity],
+            "mean_horizon": self.horizon(self.mean_curve()),
+            "drop_layers": lists,
+        }
+
+
+def read_profile(path: Path, base: BaseModel) -> Profile:
+    """A `profile.json` for a model.
+
+    Raises:
+        ValueError: it cannot be read, is none, or was made for another model.
+    """
+    try:
+        raw = json.loads(path.read_text())
+        model = BaseModel(**raw["base_model"])
+        rest = {key: raw[key] for key in ("tokens", "distances", "similarity")}
+        runs = None if raw["runs"] is None else [Run(**run) for run in raw["runs"]]
+        profile = Profile(model, **rest, runs=runs)
+        if len(profile.similarity) != model.num_hidden_layers:
+            raise ValueError(f"{len(profile.similarity)} layers")
+    except OSError as error:
+        raise ValueError(f"--profile {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--profile {path}: not what `lora-drop profile` writes ({error}); name a profile.json"
+        ) from error
+    if model != base:
+        raise ValueError(f"--profile {path}: made for {model}; the model is {base}")
+    return profile
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    samples: Sequence[Sample],
+    distances: Sequence[int] = DISTANCES,
+    config: AdapterConfig | None = None,
+    rhos: Sequence[float] = (),
+) -> Profile:
+    """The profile of a model; with a config also by KL, for updates like those it describes.
+
+    Args:
+        rhos: whose numbers of drop layers the runs have
+
+    Raises:
+        ValueError: a distance that no two tokens of a sequence have, too little text.
+    """
+    sums = torch.zeros(model.config.num_hidden_layers, len(distances), dtype=torch.float64)
+    pairs = torch.zeros(len(distances))
+    for part in tqdm(samples, desc="Profiling", unit="batch"):
+        masks = [_pairs(part.schedule.sequence, distance) for distance in distances]
+        pairs += torch.stack([mask.sum() for mask in masks]).cpu()
+        x = model.model.embed_tokens(part.tokens)
+        for i, layer in enumerate(model.model.layers):
+            x = run_layer(layer, x, part.batch)
+            unit = normalize(x.float(), dim=-1)
+            for j, (distance, mask) in enumerate(zip(distances, masks)):
+                cosine = (unit[:, :-distance] * unit[:, distance:]).sum(-1)
+                sums[i, j] += float(cosine[mask].sum())
+    for distance, count in zip(distances, pairs.tolist()):
+        if not count:
+            raise ValueError(
+                f"--distances {distance}: no two tokens of a document are that far apart in a row; "
+                "lower it or raise --length"
+            )
+    base = base_model(model)
+    runs = None
+    if config is not None:
+        counts = {num_drop_layers(rho, base.num_hidden_layers) for rho in rhos} - {0}
+        runs = measure_runs(model, samples, config, counts)
+    tokens = sum(part.count for part in samples)
+    return Profile(base, tokens, list(distances), (sums / pairs).tolist(), runs)
+
+
+def _pairs(sequence: Tensor, distance: int) -> Tensor:
+    """[N, T - distance] bool: the token that far ahead is of the same sequence."""
+    first, second = sequence[:, :-distance], sequence[:, distance:]
+    return (first == second) & (first >= 0)

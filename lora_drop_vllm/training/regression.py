@@ -1,0 +1,105 @@
+"""The closed form of one site (Sec. II-E) from sums over its rows, so that rows need not be kept.
+
+With x the site's input, y the base model's output there and c what is reused, all at LoRA
+positions: a gate per channel of c (`update`), then ridge regression of y - beta x - g c on x, cut
+to rank r by the leading right-singular directions of the fitted values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_drop_vllm.decode.trainable import Site
+from lora_drop_vllm.method.reuse import Reuse
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean eigenvalue of the inputs' second moment
+
+
+@dataclass
+class Moments:
+    """Sums over the rows of one site, in fp64; e = y - beta x.
+
+    Attributes:
+        xx, xe, xc: [d, d]  of x^T x, x^T e and x^T c
+        ce, cc: [d]  of c e and c c, per channel
+        rows: how many
+    """
+
+    xx: Tensor
+    xe: Tensor
+    xc: Tensor
+    ce: Tensor
+    cc: Tensor
+    rows: int = 0
+
+    @classmethod
+    def zero(cls, d: int, device: torch.device) -> Moments:
+        """Of no rows."""
+        square = torch.zeros(d, d, dtype=torch.float64, device=device)
+        return cls(square, square, square, square[0], square[0])
+
+    def add(self, x: Tensor, y: Tensor, c: Tensor | None, beta: float) -> None:
+        """Count in rows [M, d]; c None: nothing is reused."""
+        x = x.float()
+        e = y.float() - beta * x
+        self.xx = self.xx + x.T @ x
+        self.xe = self.xe + x.T @ e
+        if c is not None:
+            c = c.float()
+            self.xc = self.xc + x.T @ c
+            self.ce = self.ce + (c * e).sum(0)
+            self.cc = self.cc + (c * c).sum(0)
+        self.rows += len(x)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of the rows of both."""
+        return Moments(
+            self.xx + other.xx,
+            self.xe + other.xe,
+            self.xc + other.xc,
+            self.ce + other.ce,
+            self.cc + other.cc,
+            self.rows + other.rows,
+        )
+
+    def gate(self) -> Tensor:
+        """The factor of each channel of c that brings it nearest to e, [d]."""
+        return self.ce / self.cc.clamp(min=1e-12)
+
+    def targets(self, gate: Tensor) -> Tensor:
+        """Sum of x^T (e - g c), [d, d]."""
+        return self.xe - self.xc * gate
+
+    def low_rank(self, gate: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors of the map x -> x P Q^T: [d, r] each."""
+        strength = ridge * self.xx.diagonal().mean().clamp(min=1e-12)
+        penalty = strength * torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
+        weight = torch.linalg.solve(self.xx + penalty, self.targets(gate))
+        _, vectors = torch.linalg.eigh(weight.T @ self.xx @ weight)
+        directions = vectors[:, -rank:]
+        return weight @ directions, directions
+
+    def error(self, gate: Tensor, P: Tensor, Q: Tensor) -> float:
+        """Squared error of the map on these rows, up to a constant."""
+        return float((P * (self.xx @ P)).sum() - 2 * (P * (self.targets(gate) @ Q)).sum())
+
+
+def fit_site(fitted: Moments, held_out: Moments, rule: Reuse, rank: int, scale: float) -> Site:
+    """Gate, A and B of one site; the ridge that does best on the held-out rows, refitted on all."""
+    both = fitted + held_out
+
+    def gate_of(moments: Moments) -> Tensor:
+        return moments.gate() if rule.difference else torch.ones_like(moments.cc)
+
+    gate = gate_of(fitted)
+    ridge = min(RIDGES, key=lambda value: held_out.error(gate, *fitted.low_rank(gate, value, rank)))
+    gate = gate_of(both)
+    P, Q = both.low_rank(gate, ridge, rank)
+    return Site(
+        P.T.float().contiguous(),
+        (Q / scale).float().contiguous(),
+        gate.float() if rule.difference else None,
+    )

@@ -1,0 +1,186 @@
+"""Documents cut into packed rows of tokens, and the schedules that rows are decoded under."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_drop_vllm.decode.positions import Schedule
+from lora_drop_vllm.training.chat import Reply
+from lora_drop_vllm.training.corpus import Corpus
+
+SHORTEST = 8  # tokens of a sequence
+CHARACTERS = 16  # of a passage, per token of a row: a few rows' worth of text
+
+
+class Position(NamedTuple):
+    """Where a row begins: pass over the corpus, passage of that pass, token of that passage."""
+
+    epoch: int = 0
+    passage: int = 0
+    token: int = 0
+
+
+class Row(NamedTuple):
+    """T tokens or fewer, in sequences one behind the other.
+
+    Attributes:
+        lengths: of the sequences
+        prompts: of the sequences, for replies; 0 where any may be drawn
+    """
+
+    tokens: list[int]
+    lengths: list[int]
+    prompts: list[int]
+
+
+class Rows:
+    """Endless packed rows of T tokens; the seed decides the order of the passages.
+
+    Long documents are cut into passages, so that one of them does not make up a whole run. What is
+    left of a passage at the end of a row begins the next one as a sequence of its own. A reply is
+    one passage and stays whole.
+
+    Args:
+        corpus: its conversations rendered
+        turns: sources follow one another, a passage each, as long as they last
+
+    Attributes:
+        length: T
+        position: of the next row; a second object that starts there goes on alike
+
+    Raises:
+        ValueError: the corpus is shorter than one row.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Any,
+        length: int,
+        seed: int,
+        position: Position | None = None,
+        turns: bool = False,
+    ) -> None:
+        if length < SHORTEST:
+            raise ValueError(f"--length {length}: expected {SHORTEST} tokens or more")
+        size = CHARACTERS * length
+        self._passages: list[Any] = []
+        self._sources: list[str] = []
+        for document in corpus.documents:
+            pieces = [document]
+            if isinstance(document, str):
+                starts = range(0, len(document), size)
+                pieces = [document[start : start + size] for start in starts]
+            self._passages += pieces
+            self._sources += [getattr(document, "source", "")] * len(pieces)
+        self._tokenizer, self.length, self._seed = tokenizer, length, seed
+        self._turns = turns
+        self._order: tuple[int, list[int]] | None = None
+        self._tokens: tuple[int, list[int]] | None = None
+        found = 0
+        for number in range(len(self._passages)):
+            tokens = len(self._tokens_of(number))
+            found += tokens if tokens >= SHORTEST else 0  # what is shorter is left out
+            if found >= length:
+                break
+        else:
+            raise ValueError(
+                f"--corpus: {found} tokens, and a row takes {length}; give more text or lower "
+                "--length"
+            )
+        self.position = position or Position()
+
+    def __iter__(self) -> Iterator[Row]:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Row:
+        """The next row, from `position`."""
+        row = Row([], [], [])
+        while (room := self.length - len(row.tokens)) >= SHORTEST:
+            epoch, passage, token = self.position
+            number = self._at(epoch, passage)
+            tokens, prompt = self._tokens_of(number), self._prompt_of(number)
+            if prompt and not token and len(tokens) > room:
+                break
+            piece = tokens[token : token + room]
+            if len(piece) >= SHORTEST:
+                row.tokens.extend(piece)
+                row.lengths.append(len(piece))
+                row.prompts.append(prompt)
+                self.position = Position(epoch, passage, token + len(piece))
+            else:
+                self.leave_passage()
+        return row
+
+    def leave_passage(self) -> None:
+        """Leave out what remains of the passage that is being read."""
+        epoch, passage, _ = self.position
+        last = passage + 1 == len(self._passages)
+        self.position = Position(epoch + 1) if last else Position(epoch, passage + 1)
+
+    def _at(self, epoch: int, passage: int) -> int:
+        """Number of a pass's passage among all passages."""
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(_mixed(self._seed, epoch))
+            order = torch.randperm(len(self._passages), generator=generator).tolist()
+            if self._turns:
+                turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
+                turn = {number: next(turns[self._sources[number]]) for number in order}
+                order.sort(key=turn.__getitem__)  # stable: those of one turn keep their order
+            self._order = epoch, order
+        return self._order[1][passage]
+
+    def _tokens_of(self, number: int) -> Sequence[int]:
+        passage = self._passages[number]
+        if isinstance(passage, Reply):
+            return passage.tokens
+        if self._tokens is None or self._tokens[0] != number:
+            self._tokens = number, self._tokenizer(passage).input_ids
+        return self._tokens[1]
+
+    def _prompt_of(self, number: int) -> int:
+        passage = self._passages[number]
+        return passage.prompt if isinstance(passage, Reply) else 0
+
+
+def stack(rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor]:
+    """Tokens and sequence numbers of a batch, [N, T] each; padding has token 0 and number -1."""
+    tokens = torch.zeros(len(rows), length, dtype=torch.long)
+    sequence = torch.full((len(rows), length), -1)
+    first = 0
+    for n, row in enumerate(rows):
+        tokens[n, : len(row.tokens)] = torch.tensor(row.tokens)
+        numbers = torch.arange(first, first + len(row.lengths))
+        sequence[n, : len(row.tokens)] = numbers.repeat_interleave(torch.tensor(row.lengths))
+        first += len(row.lengths)
+    return tokens, sequence
+
+
+def random_schedule(
+    sequence: Tensor, rows: Sequence[Row], k: int, seed: int, number: int
+) -> Schedule:
+    """Prompts of 1 token to half of their sequence, and any phase; drawn anew for each batch.
+
+    Args:
+        sequence: [N, T]  from `stack`
+        rows: that were stacked; the prompts of replies are their own
+        number: of the batch
+    """
+    generator = torch.Generator().manual_seed(_mixed(seed, number))
+    lengths = sequence[sequence >= 0].bincount().cpu()
+    share = torch.rand(len(lengths), generator=generator)
+    own = torch.tensor([prompt for row in rows for prompt in row.prompts])
+    prompt = own.where(own > 0, 1 + (share * (lengths // 2)).long())
+    phase = torch.randint(0, k + 1, (len(lengths),), generator=generator)
+    return Schedule.of(sequence, prompt, k, phase)
+
+
+def _mixed(seed: int, number: int) -> int:
+    return (seed * 1_000_003 + number) % 2**63

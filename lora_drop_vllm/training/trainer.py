@@ -1,0 +1,143 @@
+"""`lora-drop train`: A, B and g by gradients through the parallel decode (Sec. II-E, III-A).
+
+A run depends on its settings only: rows, prompts and phases follow from the seed and the number of
+a batch, so a run that was killed goes on from its checkpoint to the very same adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lora_drop_vllm.decode.decoder import base_model
+from lora_drop_vllm.decode.pretrained import model_name, open_model
+from lora_drop_vllm.method.adapter import (
+    AdapterConfig,
+    load_tensors,
+    read_config,
+    save_adapter,
+    tensor_shapes,
+)
+from lora_drop_vllm.plots import plot_training, require_matplotlib
+from lora_drop_vllm.training.checkpoint import Checkpoint, append_log, read_log, write_log
+from lora_drop_vllm.training.corpus import Corpus, read_corpus
+from lora_drop_vllm.training.fit import new_config
+from lora_drop_vllm.training.gradient import Devices, Plan, Trainer
+from lora_drop_vllm.training.layerwise import fit_tensors
+from lora_drop_vllm.training.rows import Position, Rows
+from lora_drop_vllm.training.samples import sample
+from lora_drop_vllm.training.settings import DTYPES, Settings
+
+
+def train(
+    model: str,
+    corpus: Sequence[str | Path],
+    settings: Settings,
+    plan: Plan,
+    out: Path,
+    *,
+    start: str = "fit",
+    profile: Path | None = None,
+    plots: bool = False,
+) -> str:
+    """Train an adapter into `out`, or go on with the run that is in it; says what came out.
+
+    Args:
+        start: `fit`, `zero` (B = 0, g = 1), or the folder of an adapter
+        profile: `profile.json` that scores the layers
+
+    Raises:
+        ValueError: settings, a corpus or a folder that cannot be used; a loss that is not finite.
+    """
+    plan.check()
+    if plots:
+        require_matplotlib()
+    texts = read_corpus(corpus)
+    run = asdict(settings) | asdict(plan) | {"from": start, "model": model_name(model)}
+    run["corpus"] = texts.origin
+    run = json.loads(json.dumps(run))
+    checkpoint = Checkpoint.load(out)
+    if checkpoint:
+        checkpoint.check_run(run, out)
+    devices = Devices()
+    base, tokenizer = open_model(model)
+    texts = texts.rendered(tokenizer, settings.length)
+    if not checkpoint:
+        config, tensors = begin(model, base, tokenizer, texts, settings, start, profile)
+        checkpoint = Checkpoint(config, run, 0, Position(), tensors)
+    rows = Rows(texts, tokenizer, settings.length, settings.seed, checkpoint.position)
+    trainer = Trainer(base, rows, plan, settings.seed, checkpoint, devices)
+    log = run_to_the_end(trainer, out, DTYPES[settings.dtype])
+    if plots and not devices.number:
+        plot_training(log, out / "training.png")
+    losses = [entry["loss"] for entry in log]
+    said = f"{out}: drop layers {trainer.adapter.config.drop_layers}, {trainer.step} steps"
+    if losses:
+        said += f", loss {losses[0]:.3f} at the first and {losses[-1]:.3f} at the last"
+    return said + texts.remark()
+
+
+def run_to_the_end(trainer: Trainer, out: Path, dtype: torch.dtype) -> list[dict[str, float]]:
+    """Take the steps that are left, with a log and checkpoints in `out`; returns the log."""
+    plan, writes = trainer.plan, trainer.devices.number == 0
+    out.mkdir(parents=True, exist_ok=True)
+    log = read_log(out, trainer.step)
+    if writes:
+        write_log(out, log)
+    with tqdm(
+        total=plan.steps, initial=trainer.step, desc="Training", unit="step", disable=not writes
+    ) as progress:
+        while trainer.step < plan.steps:
+            began = time.monotonic()
+            entry = trainer.advance()
+            entry["tokens_per_s"] = round(entry["tokens"] / (time.monotonic() - began), 1)
+            log.append(entry)
+            progress.set_postfix(loss=f"{entry['loss']:.3f}", tokens_per_s=entry["tokens_per_s"])
+            progress.update()
+            if writes:
+                append_log(out, entry)
+                if trainer.step % plan.save_every == 0 or trainer.step == plan.steps:
+                    save_adapter(out, trainer.adapter.config, trainer.adapter.tensors(), dtype)
+                    trainer.checkpoint().save(out)  # last: what it vouches for is written
+    return log
+
+
+def begin(
+    model: str,
+    base: Any,
+    tokenizer: Any,
+    corpus: Corpus,
+    settings: Settings,
+    start: str,
+    profile: Path | None,
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The adapter that training begins with.
+
+    Raises:
+        ValueError: settings, a profile or an adapter that cannot be used.
+    """
+    if start not in ("fit", "zero"):
+        config = read_config(Path(start))
+        settings.check_agrees(config, start)
+        return config, load_tensors(Path(start), config)
+    settings.check(base_model(base))
+    samples = sample(base, tokenizer, corpus, settings)
+    config = new_config(model, base, settings, samples, profile)
+    if start == "fit":
+        return config, fit_tensors(base, samples, config)
+    generator = torch.Generator().manual_seed(settings.seed)
+    tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        if name.endswith("lora_A.weight"):
+            tensors[name] = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        else:
+            tensors[name] = torch.full(shape, 1.0 if name.endswith("gate") else 0.0)
+    return config, tensors

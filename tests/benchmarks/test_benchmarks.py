@@ -1,0 +1,222 @@
+"""The benchmarks' own arithmetic and bookkeeping; no engine is started."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import capacity
+import decode_latency
+import gpu_session
+import pytest
+import quality_tables
+import serve_latency
+import soak
+import step_breakdown
+from step_breakdown import Span
+from support import peers, tables
+from support.serve_figures import Block
+from support.servers import Subject
+from support.stream_client import Answer
+
+
+def test_known_step_times_give_the_known_ratios() -> None:
+    """32 layers of 1 ms and 4 ms of rest; 14 drop layers at no cost; one round disturbed."""
+    rounds: Any = {
+        "stock": [[36.0] * 100, [36.0] * 100, [36.0] * 99 + [500.0]],
+        "k0": [[36.36] * 100] * 3,
+        "fewer_layers": [[20.0] * 100] * 3,
+        "lora_drop": [[22.0, 22.0, 22.0, 36.0] * 25] * 3,
+    }
+    found = decode_latency.metrics_of(rounds, 32, list(range(9, 23)), 3)
+    assert found["layer_ms"] == 1.0 and found["rest_ms"] == 4.0
+    assert found["speed_up"] == found["ideal_speed_up"] == round(4 * 36 / (3 * 22 + 36), 3)
+    assert found["share_of_ideal"] == found["lora_step_over_ideal"] == 1.0
+    assert found["k0_over_stock"] == 1.01
+    assert (found["lora_step_ms"], found["full_step_ms"]) == (22.0, 36.0)
+    assert found["p95_ms"]["lora_drop"] == 36.0  # a full step's, as Eq. 11 has it for k < 19
+
+
+class Engines(dict[str, Any]):
+    """Variants that answer with constant times; the drop path runs `share` of its LoRA steps."""
+
+    def __init__(self, share: float) -> None:
+        class Fake:
+            def decode(self, batch: int, prompt: int, tokens: int, k: int | None) -> Any:
+                wanted = (tokens - 1) - (tokens - 1) // ((k or 0) + 1)
+                return {
+                    "times": [1.0] * (tokens - 1),
+                    "lora_steps": int(share * wanted),
+                    "gpu_bytes": 0,
+                }
+
+        super().__init__({name: Fake() for name in ("stock", "lora_drop")})
+
+
+def test_a_run_without_lora_steps_gives_no_figure() -> None:
+    given = decode_latency.parse(["--tokens", "41", "--rounds", "1"])
+    rounds, _ = decode_latency.measure(Engines(1.0), given, 1, 3)
+    assert set(rounds) == {"stock", "lora_drop"}
+    with pytest.raises(RuntimeError, match="0 LoRA steps instead of 30"):
+        decode_latency.measure(Engines(0.0), given, 1, 3)
+
+
+@pytest.mark.parametrize("guess", [1, 4, 7, 9], ids=lambda n: f"from {n}")
+def test_the_most_that_fit_are_found_from_any_guess(guess: int) -> None:
+    assert capacity.most_that_fit(lambda count: count <= 7, guess) == 7
+
+
+class Pool:
+    """An engine whose pool holds so many blocks, two to a request, and lets no one else in."""
+
+    def __init__(self, blocks: int, lora_steps: int) -> None:
+        self.blocks, self.lora_steps = blocks, lora_steps
+
+    def fill(self, batch: int, prompt: int, tokens: int, stop_at_preemption: bool = False) -> Any:
+        running = min(batch, self.blocks // 2)
+        return {
+            "seconds": batch * tokens / running / 10,
+            "preemptions": 0,
+            "lora_steps": self.lora_steps,
+            "blocks": self.blocks,
+            "most_blocks": 2 * running,
+            "most_running": running,
+        }
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("lora_steps", [9, 0], ids=["dropping", "not dropping"])
+def test_capacity_counts_who_runs_at_once(lora_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = iter([Pool(10, 0), Pool(14, lora_steps)])
+    monkeypatch.setattr(capacity, "start", lambda *_: next(pools))
+    monkeypatch.setattr(capacity, "make_shape", lambda *_: Path())
+    given = capacity.parse(["--tokens", "100"])
+    if not lora_steps:
+        with pytest.raises(RuntimeError, match="no LoRA step ran"):
+            capacity.run(given)
+        return
+    found = capacity.run(given)
+    assert (found["stock"]["fit"], found["lora_drop"]["fit"], found["offered"]) == (5, 7, 14)
+    assert found["stock"]["tokens_per_s"] == 50 and found["lora_drop"]["tokens_per_s"] == 70
+    written = {"benchmark": "capacity", "settings": vars(given), "metrics": found}
+    assert "5 → 7" in tables.of([written | {"machine": {"cpu": "c", "cores": 2}}])
+
+
+def test_parts_of_a_step_are_its_time_without_what_they_contain() -> None:
+    """A step of 10 ms: 2 of scheduler, 6 of layers of which 1 fills states; one call outside."""
+    spans = [
+        Span("scheduler", 0.5, 0.9),
+        Span(step_breakdown.STEP, 1.0, 11.0),
+        Span("scheduler", 1.0, 3.0),
+        Span(step_breakdown.DROP, 4.0, 10.0),
+        Span(step_breakdown.SAVING, 9.0, 10.0),
+        Span(step_breakdown.STEP, 11.0, 12.0),
+    ]
+    first, second = step_breakdown.own_times(spans)
+    assert {part: t for part, t in first.items() if t} == {
+        "scheduler": 2.0,
+        step_breakdown.DROP: 5.0,
+        step_breakdown.SAVING: 1.0,
+        step_breakdown.STEP: 2.0,
+    }
+    assert sum(second.values()) == 1.0
+    beyond = step_breakdown.gap(second, first)  # what D costs is all gap, other parts by difference
+    assert beyond["scheduler"] == -2.0 and beyond[step_breakdown.DROP] == 0.0
+
+
+def answer(ms: float, tokens: list[int]) -> Block:
+    stamps = tuple(1 + n * ms / 1000 for n in range(len(tokens)))
+    return Block([Answer(0.0, stamps, tuple(tokens), len(tokens))], None)
+
+
+def test_peers_stand_beside_their_quality(tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "num_hidden_layers": 12, "hidden_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    subject = Subject("model", tmp_path, False, None)
+    config = subject.resolved({"untrained": True, "reuse": "none", "layers": "uniform"})
+    assert peers.offline_adapter(subject, config).config.drop_layers == [4, 6, 8, 10]
+    blocks = {"stock": [answer(40, [1, 2, 3, 4])], "lora_drop": [answer(32, [1, 2, 9, 9])]}
+    blocks |= {"skipping": [answer(30, [9, 9, 9, 9])], "ngram": [answer(20, [1, 2, 3, 5])]}
+    quality = {"lora_drop": {"kl": 0.2, "agreement": 0.8}}
+    quality["skipping"] = {"kl": 2.0, "agreement": 0.1}
+    found = peers.rows(blocks, quality, config)
+    assert [peer.get("speed_up") for peer in found] == [1.0, 1.25, 1.333, 2.0, None]
+    assert [peer.get("kl") for peer in found] == [0.0, 0.2, 2.0, 0.0, None]
+    assert found[3]["tokens_as_stock"] == 0.75
+    settings = {"model": "m", "adapter": None, "compile": False, "concurrency": 1}
+    settings |= {"context": 8, "tokens": 4}
+    written = {"benchmark": "peers", "settings": settings, "metrics": {"peers": found}}
+    table = tables.of([written | {"machine": {"cpu": "c", "cores": 2}}]).splitlines()
+    assert len(table) == 7 and len({line.count("|") for line in table}) == 1
+
+
+def test_a_gpu_session_goes_on_where_the_last_one_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, mended = tmp_path / "out", tmp_path / "mended"
+    check = f"import pathlib, sys; sys.exit(not pathlib.Path({str(mended)!r}).exists())"
+    stages = [
+        gpu_session.Stage("good", (sys.executable, "-c", "print('fine')")),
+        gpu_session.Stage("bad", (sys.executable, "-c", check)),
+    ]
+    monkeypatch.setattr(gpu_session, "stages", lambda: stages)
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py", "--out", str(out)])
+    for code in (1, 0):
+        with pytest.raises(SystemExit) as ended:
+            gpu_session.main()
+        assert ended.value.code == code
+        mended.touch()
+    lines = [json.loads(line) for line in (out / "session.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["status"]) for line in lines] == [
+        ("good", "passed"),
+        ("bad", "failed with 1"),
+        ("bad", "passed"),
+    ]
+    assert (out / "good.txt").read_text() == "fine\n"
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py", "--out", str(tmp_path), "--minutes", "0.1"])
+    with pytest.raises(SystemExit):
+        gpu_session.main()
+    assert not (tmp_path / "session.jsonl").exists()  # nothing is begun without time for it
+
+
+def test_every_stage_of_a_gpu_session_is_a_command_that_parses() -> None:
+    for stage in gpu_session.stages():
+        for script in (decode_latency, serve_latency):
+            if (path := f"benchmarks/{script.__name__}.py") in stage.command:
+                script.parse(list(stage.command[stage.command.index(path) + 1 :]))
+        for part in stage.command:
+            if part.endswith(".py"):
+                assert (gpu_session.ROOT / part).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({}, []),
+        ({"memory": [1000, 1021]}, ["rss_growth"]),
+        ({"slower": 1.2}, ["p95_growth"]),
+        ({"errors": ["lost"], "left": 1}, ["errors", "blocks_left"]),
+    ],
+    ids=str,
+)
+def test_a_soak_breaks_the_bounds_it_should(change: dict[str, Any], wanted: list[str]) -> None:
+    slower = change.get("slower", 1.05)
+    traffic = soak.Traffic(requests=9, errors=change.get("errors", []))
+    traffic.gaps = [(float(s), 10.0 * (slower if s >= 50 else 1)) for s in range(60)]
+    counted = {"full_steps": 5, "lora_steps": 15}
+    memory, left = change.get("memory", [1000, 1019]), change.get("left", 0)
+    metrics = soak.metrics_of(traffic, 60.0, memory, left, counted)
+    assert soak.broken(metrics) == wanted
+    assert metrics["p95_growth"] == round(slower - 1, 4)
+    with pytest.raises(RuntimeError, match="nothing was tested"):
+        soak.metrics_of(traffic, 60.0, memory, left, counted | {"lora_steps": 0})
+
+
+def test_the_page_on_quality_says_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("draw", "draw_saving"):
+        monkeypatch.setattr(quality_tables, name, lambda *_: None)
+    assert quality_tables.PAGE.read_text() == quality_tables.rendered_page()

@@ -1,0 +1,251 @@
+"""Around the update: states and KV slots of a full step, operators, launch table, CUDA graphs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import (
+    DEVICE,
+    RUN_LAUNCHES,
+    TOL,
+    bf16_is_rounded_to_nearest,  # noqa: F401
+    drop_run,
+    drop_update,
+    frame_is_intact,
+    framed,
+    make_inputs,
+    one_layer,
+    triton_state,
+)
+from torch import Tensor
+
+from lora_drop_vllm import kernels
+from lora_drop_vllm.kernels import ops, reference
+from lora_drop_vllm.kernels.heuristics import Chain, Launch, run_launch, update_launch
+
+triton_slots = pytest.importorskip("lora_drop_vllm.kernels.triton_slots")
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(("T", "d"), [(1, 64), (9, 100), (4, 2049)])
+@pytest.mark.parametrize("dtype", TOL, ids=str)
+@pytest.mark.parametrize("sites", [1, 3])
+@pytest.mark.parametrize("run", [reference, triton_state], ids=["reference", "triton"])
+def test_states_of_a_full_step(T: int, d: int, dtype: torch.dtype, sites: int, run: Any) -> None:
+    """The streams in front of the sites, then the changes between; nothing else is touched."""
+    save_stream, save_changes = (
+        getattr(run, name, None) or getattr(run, f"{name}_triton")
+        for name in ("save_stream", "save_changes")
+    )
+    slots = torch.randperm(T + 3, device=DEVICE)[:T]
+    slots[1::3] = -1
+    owned = slots >= 0
+    residual, *streams = (torch.randn(T, d, device=DEVICE).to(dtype) for _ in range(sites + 2))
+    for part in (residual, *streams):
+        part[~owned] = NAN
+    states = framed(torch.full((sites, T + 3, d), NAN, device=DEVICE, dtype=dtype))
+    for site in range(sites):
+        save_stream(streams[site], residual, states, site, slots)
+        assert torch.equal(states[site][slots[owned]], (streams[site] + residual)[owned])
+    gates = torch.rand(sites, d, device=DEVICE).to(dtype)
+    save_changes(streams[-1], residual, states, gates, slots)
+    x = [(stream + residual).float() for stream in streams]
+    for site in range(sites):
+        want = (gates[site].float() * (x[site + 1] - x[site])).to(dtype)
+        assert torch.equal(states[site][slots[owned]], want[owned])
+    unowned = sorted(set(range(T + 3)) - set(slots.tolist()))
+    assert states[:, unowned].isnan().all() and frame_is_intact(states)
+
+
+@pytest.mark.parametrize("run", ["reference", "triton"])
+@pytest.mark.parametrize("block_size", [1, 16, 48])
+@pytest.mark.parametrize(
+    ("lens", "cached", "tail"),
+    [
+        ([1], [0], 0),
+        ([1, 1, 1, 0, 0], [5, 47, 48, 0, 0], 4),
+        ([2100, 3, 1], [0, 100, 31], 1500),
+        ([0, 0], [0, 0], 3),
+    ],
+    ids=["one", "decode", "prefill", "nothing"],
+)
+def test_compact_slots(
+    lens: list[int], cached: list[int], tail: int, block_size: int, run: str
+) -> None:
+    def ints(values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+    blocks = max(-(-(a + b) // block_size) for a, b in zip(lens, cached)) + 1
+    table = torch.randperm(len(lens) * blocks).view(len(lens), blocks)
+    total = sum(lens)
+    slots = ints([-7] * (total + tail), torch.int64)
+    seq_lens = ints([-7] * len(lens))
+    starts = ints([sum(lens[:i]) for i in range(len(lens) + 1)])
+    # a wider table, as vLLM's: what lies behind a request's last block must not matter
+    wide = ints(torch.cat([table, torch.full((len(lens), 5), -(10**6))], 1).tolist())
+    table_view = wide[:, : blocks + 2]
+    compact = {
+        "reference": reference.compact_slots,
+        "triton": triton_slots.compact_slots_triton,
+    }[run]
+    compact(starts, ints(cached), table_view, slots, seq_lens, block_size)
+    want = [
+        int(table[q, entry // block_size]) * block_size + entry % block_size
+        for q, (length, before) in enumerate(zip(lens, cached))
+        for entry in range(before, before + length)
+    ]
+    assert slots.tolist() == want + [-1] * tail
+    assert seq_lens.tolist() == [a + b for a, b in zip(lens, cached)]
+
+
+def test_an_empty_batch_is_no_error() -> None:
+    given = one_layer(make_inputs(1, 64, 4, torch.float32))
+    run = make_inputs(1, 64, 4, torch.float32, layers=2)
+    none = dict(slots=given["slots"][:0], scale=1.0, beta=1.0, writes_back=False)
+    for update in (reference.drop_update, drop_update):
+        assert update(**given | none | {"x": given["x"][:0]}).shape == (0, 64)
+    for update in (reference.drop_run, drop_run):
+        assert update(**run | none | {"x": run["x"][:0]}).shape == (0, 64)
+    empty, states = given["x"][:0], run["states"]
+    triton_state.save_stream_triton(empty, empty, states, 0, none["slots"])
+    triton_state.save_changes_triton(empty, empty, states, states[:, 0], none["slots"])
+
+
+def test_the_launch_table() -> None:
+    def update(rows: int, d: int, r: int) -> Launch:
+        return update_launch(rows, d, r, itemsize=2)
+
+    assert not update(1, 4096, 16).split and update(1, 4096, 16).block_rows == 1
+    assert update(5, 4096, 16).split and update(5, 4096, 16).block_rows == 16
+    assert update(1, 4096, 64).split and update(1, 4096, 64).block_rows == 1
+    assert isinstance(run_launch(14, 64, 2048, 16, itemsize=2), Chain)
+    assert isinstance(run_launch(14, 65, 2048, 16, itemsize=2), Launch)
+    assert isinstance(run_launch(23, 1, 5120, 16, itemsize=2), Chain)
+    assert isinstance(run_launch(14, 1, 8192, 16, itemsize=2), Launch)
+    assert run_launch(1, 1, 2048, 16, itemsize=2) == update(1, 2048, 16)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("r", [1, 16, 17, 128])
+@pytest.mark.parametrize("d", [16, 577, 4096, 8192])
+@pytest.mark.parametrize("rows", [1, 4, 5, 64, 300])
+def test_every_launch_of_the_table_can_be_compiled(
+    rows: int, d: int, r: int, itemsize: int
+) -> None:
+    launches = [update_launch(rows, d, r, itemsize), run_launch(2, rows, d, r, itemsize)]
+    for launch in launches:
+        sizes = [getattr(launch, name) for name in type(launch).__slots__]
+        assert all(size > 0 and size & (size - 1) == 0 for size in sizes if size is not False)
+        if isinstance(launch, Launch):
+            assert launch.block_rows in (1, 16) and launch.block_k >= 16
+            assert not launch.split or launch.block_k == launch.block_d
+
+
+def op_arguments(name: str) -> tuple[Any, ...]:
+    given = make_inputs(3, 32, 4, torch.float32, layers=2)
+    x, slots = given["x"].nan_to_num(), torch.cat([given["slots"], given["slots"]])
+    states = given["states"].nan_to_num()
+    if name.startswith("drop_run"):
+        return (x, states, slots, given["A"], given["B"], 0.5, 1.0, x)
+    gates = torch.rand(2, 32, device=DEVICE)
+    return {
+        "save_stream": (x, x, states, 1, slots),
+        "save_changes": (x, x, states, gates, slots),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["drop_run", "drop_run_back", "save_stream", "save_changes"])
+def test_operators(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.lora_drop, name).default, op_arguments(name))
+
+
+def test_operators_without_state() -> None:
+    x, _, *rest = op_arguments("drop_run")
+    torch.library.opcheck(torch.ops.lora_drop.drop_run.default, (x, None, *rest))
+
+
+def test_operators_take_the_whole_slot_buffer() -> None:
+    x, states, slots, A, B, scale, beta, _ = op_arguments("drop_run_back")
+    want_states = states.clone()
+    want = reference.drop_run(x, want_states, slots[:3], A, B, scale, beta, True)
+    got = ops.drop_run_back(x, states, slots, A, B, scale, beta, None)
+    owned = slots[:3] >= 0
+    torch.testing.assert_close(got[owned], want[owned])
+    torch.testing.assert_close(states, want_states)
+
+
+def test_importing_the_triton_kernels_leaves_the_package_functions_alone() -> None:
+    for name in ("drop_update", "drop_run", "save_stream", "save_changes"):
+        assert callable(getattr(kernels, name))
+    assert callable(kernels.compact_slots)
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_take_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_drop_vllm.kernels import triton_run, triton_update
+
+    calls = []
+    for module, name in ((triton_update, "drop_update_triton"), (triton_run, "drop_run_triton")):
+        monkeypatch.setattr(module, name, lambda *args: calls.append(args) or args[0])
+    rest = dict(scale=1.0, beta=1.0, writes_back=False)
+    given = make_inputs(2, 64, 4, torch.float32)
+    kernels.drop_update(**one_layer(given), **rest)
+    kernels.drop_run(**given, **rest)
+    assert len(calls) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("d", [576, 4096])
+@pytest.mark.parametrize("T", [1, 4, 33])
+def test_replaying_a_cuda_graph(T: int, d: int, layers: int) -> None:
+    """A captured update follows what its buffers hold at the replay: slots, states and x."""
+    given = make_inputs(T, d, 16, torch.bfloat16, layers=layers)
+    x, state, slots, A, B = (given[key].nan_to_num() for key in ("x", "states", "slots", "A", "B"))
+    call = ops.drop_run_back
+    arguments = (x, state, slots, A, B, 0.5, 0.0, None)
+    call(*arguments)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(*arguments)
+    for shift in (1, 2):
+        slots.copy_((torch.arange(T, device="cuda") + shift) % (T + 3))
+        slots[1::5] = -1
+        state.copy_(torch.randn_like(state))
+        x.copy_(torch.randn_like(x))
+        want_state = state.clone()
+        want = reference.drop_run(x, want_state, slots, A, B, 0.5, 0.0, True)
+        graph.replay()
+        owned = slots >= 0
+        torch.testing.assert_close(out[owned], want[owned], **TOL[torch.bfloat16])
+        torch.testing.assert_close(state, want_state, **TOL[torch.bfloat16])
+
+
+@pytest.mark.gpu
+def test_sanitized_kernels() -> None:
+    """Every kernel once, on odd sizes: to be run under compute-sanitizer."""
+    given = make_inputs(17, 577, 17, torch.bfloat16, layers=2)
+    rest = dict(scale=0.5, beta=1.0, writes_back=True)
+    for launch in RUN_LAUNCHES.values():
+        drop_run(**given, **rest, launch=launch)
+    x, states, slots = given["x"], given["states"], given["slots"]
+    triton_state.save_stream_triton(x, x, states, 1, slots)
+    triton_state.save_changes_triton(x, x, states, torch.ones_like(states[:, 0]), slots)
+    starts, lens, table = (torch.arange(n, device=DEVICE, dtype=torch.int32) for n in (18, 17, 17))
+    compact = triton_slots.compact_slots_triton
+    compact(starts, lens, table[:, None].expand(17, 3).contiguous(), slots, lens.clone(), 7)
+    torch.cuda.synchronize()
+
+
+def test_op_latency_checks_the_kernels_without_a_gpu() -> None:
+    script = Path(__file__).parents[2] / "benchmarks/op_latency.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--interpret"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,220 @@
+"""Training: the loss, the steps, and runs that are killed and go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import load_model, make_adapter, make_tokenizer
+from torch import Tensor
+from training_runs import STEPS, WORDS, assert_equal, tensors_of
+
+from lora_drop_vllm.cli import main
+from lora_drop_vllm.decode.decoder import ForcedDecoder
+from lora_drop_vllm.decode.positions import Schedule, rows
+from lora_drop_vllm.decode.trainable import Adapter
+from lora_drop_vllm.method.adapter import read_config
+from lora_drop_vllm.training.checkpoint import FILE, LOG
+from lora_drop_vllm.training.corpus import Corpus
+from lora_drop_vllm.training.gradient import Plan, Trainer
+from lora_drop_vllm.training.objective import Weights, backward, predicting
+from lora_drop_vllm.training.rows import Rows
+
+
+@pytest.fixture(scope="module")
+def given(smooth_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Model, corpus and the settings of a short run."""
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    texts = [WORDS * 3, WORDS[::-1] * 2, "one, two, three, " * 40, "a line of text. " * 30]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return ["train", str(smooth_model), "--corpus", str(corpus), "--length", "48", "--rank", "4",
+            "--rho", "0.5", "--steps", str(STEPS), "--batch", "2", "--warmup", "2",
+            "--save-every", "3", "--from", "zero"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert main([*given, "--out", str(out)]) == 0
+    return out
+
+
+def test_predictions_after_the_first_lora_step_count() -> None:
+    schedule = Schedule.of(rows([9, 6]), torch.tensor([3, 2]), 2, torch.tensor([0, 2]))
+    assert schedule.full.int().tolist() == [
+        [1, 1, 1, 0, 0, 1, 0, 0, 1],
+        [1, 1, 1, 0, 0, 1, 0, 0, 0],
+    ]
+    assert predicting(schedule).tolist() == [3, 4, 5, 6, 7, 9 + 3, 9 + 4]
+
+
+@pytest.mark.parametrize("weights", [Weights(), Weights(0.3, 0.0, 2.0)], ids=["ce-kl", "hidden"])
+def test_the_gradient_in_pieces_is_that_of_the_loss(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Weights
+) -> None:
+    monkeypatch.setattr("lora_drop_vllm.training.objective.AT_ONCE", 5)
+    adapter = Adapter(*make_adapter(tmp_path, models["llama"], drop_layers=[3, 5]))
+    decoder = ForcedDecoder(load_model(models["llama"]), adapter)
+    tokens, schedule = torch.randint(3, 512, (2, 16)), Schedule.of(rows([16, 11]), 3, 3)
+    losses = backward(decoder, tokens, schedule, weights, 0.5)
+    got = [p.grad.clone() for p in adapter.parameters() if p.grad is not None]
+    hidden, base = (x.flatten(0, 1) for x in decoder.hidden_and_base(tokens, schedule))
+    at = predicting(schedule)
+    log_p, base_log_p = (decoder.logits(x[at]).log_softmax(-1) for x in (hidden, base))
+    ce = torch.nn.functional.nll_loss(log_p, tokens.flatten()[at + 1])
+    kl = torch.nn.functional.kl_div(log_p, base_log_p, log_target=True, reduction="batchmean")
+    far = (hidden[at] - base[at]).square().mean() / base[at].square().mean()
+    torch.testing.assert_close(losses.float(), torch.stack((ce, kl, far)), atol=1e-4, rtol=1e-4)
+    total = 0.5 * (weights.ce * ce + weights.kl * kl + weights.hidden * far)
+    want = torch.autograd.grad(total, list(adapter.parameters()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3 * float(b.abs().max()), rtol=0)
+
+
+def test_training_lowers_the_loss(whole: Path) -> None:
+    losses = [json.loads(line)["loss"] for line in (whole / LOG).read_text().splitlines()]
+    assert len(losses) == STEPS and sum(losses[-3:]) < 0.98 * sum(losses[:3])
+
+
+@pytest.mark.parametrize("step", [1, 3, 8, 11])
+def test_an_interrupted_run_ends_alike(
+    given: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Also when a step's log entry was written but not its checkpoint; no step is taken twice but
+    those since the checkpoint.
+    """
+    real, taken = Trainer.advance, []
+
+    def failing(self: Trainer) -> dict[str, float]:
+        if self.step == step:
+            raise RuntimeError("pulled the plug")
+        return real(self)
+
+    def counting(self: Trainer) -> dict[str, float]:
+        taken.append(self.step)
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "advance", failing)
+    assert main([*given, "--out", str(tmp_path)]) == 2
+    with (tmp_path / LOG).open("a") as log:
+        log.write('{"step": ')
+    monkeypatch.setattr(Trainer, "advance", counting)
+    assert main([*given, "--out", str(tmp_path)]) == 0
+    assert taken == list(range(step - step % 3, STEPS))
+    assert_equal(tmp_path, whole)
+
+
+def test_a_finished_run_is_left_as_it_is(
+    given: list[str], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (whole / FILE).stat().st_mtime_ns
+    assert main([*given, "--out", str(whole)]) == 0
+    assert f"{STEPS} steps, loss" in capsys.readouterr().out
+    assert (whole / FILE).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--accumulate", "2", "--checkpointing"],
+        ["--bf16", "--hidden", "1", "--from", "fit", "--rank", "2"],
+        ["--reuse", "previous", "--injection", "attn_mlp", "--kv", "write", "--k", "5"],
+    ],
+    ids=["accumulate", "bf16-fit", "previous"],
+)
+def test_other_ways_to_train_run(given: list[str], tmp_path: Path, flags: list[str]) -> None:
+    assert main([*given, *flags, "--steps", "2", "--out", str(tmp_path)]) == 0
+    assert all(torch.isfinite(tensor).all() for tensor in tensors_of(tmp_path).values())
+
+
+def test_accumulation_is_the_mean_of_its_parts(smooth_model: Path, tmp_path: Path) -> None:
+    """Checkpointing changes nothing, and two halves make the step of the whole."""
+    config, tensors = make_adapter(tmp_path, smooth_model, drop_layers=[4, 5])
+    from lora_drop_vllm.training.checkpoint import Checkpoint
+    from lora_drop_vllm.training.gradient import Devices
+    from lora_drop_vllm.training.rows import Position
+
+    corpus, found = Corpus([WORDS * 20], 0), []
+    for checkpointing in (False, True):
+        plan = Plan(batch=2, accumulate=2, checkpointing=checkpointing, lr=1e-2, warmup=0)
+        begin = Checkpoint(config, {}, 0, Position(), tensors)
+        taken = Rows(corpus, make_tokenizer(), 48, 0)
+        trainer = Trainer(load_model(smooth_model), taken, plan, 0, begin, Devices())
+        entry = trainer.advance()
+        found.append(entry["loss"])
+        changed = trainer.adapter.tensors()
+        assert all(not torch.equal(changed[n].detach(), t.float()) for n, t in tensors.items())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert entry["tokens"] == 4 * 48
+
+
+def test_going_on_from_an_adapter_takes_its_settings(
+    given: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_whole = [*given[:6], "--steps", "1", "--from", str(whole), "--out", str(tmp_path / "a")]
+    assert main(from_whole) == 0
+    assert read_config(tmp_path / "a") == read_config(whole)
+    assert main([*from_whole, "--out", str(tmp_path / "b"), "--kv", "write"]) == 2
+    assert "--kv write: the adapter that --from" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    real = Trainer._backward
+
+    def poisoned(self: Trainer, *args: Any) -> Tensor:
+        return real(self, *args) * (float("nan") if self.step == 4 else 1)
+
+    monkeypatch.setattr(Trainer, "_backward", poisoned)
+    assert main([*given, "--out", str(tmp_path)]) == 2
+    assert "step 5: the loss is nan" in capsys.readouterr().err.splitlines()[-1]
+    assert all(torch.isfinite(tensor).all() for tensor in tensors_of(tmp_path).values())
+    assert (tmp_path / FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "--steps 0: expected 1 or more"),
+        (["--lr", "-1"], "--lr -1.0: expected more than 0"),
+        (["--ce", "0", "--kl", "0"], "--ce, --kl, --hidden: all 0"),
+        (["--from", "nowhere"], "there is no adapter_config.json in it"),
+        (["--rank", "0"], "--rank 0: expected 1 to 128"),
+        (["--attention", "magic"], "attention='magic'"),
+        (["--plots"], "--plots: matplotlib is not installed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value).replace("--", ""),
+)
+def test_what_cannot_be_trained_is_refused(
+    given: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    without_matplotlib: None,
+    flags: list[str],
+    message: str,
+) -> None:
+    assert main([*given, "--out", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_another_run_is_refused(
+    given: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*given, "--out", str(whole), "--lr", "0.5"]) == 2
+    assert "a run with --lr 0.001 is in it, not 0.5" in capsys.readouterr().err
+    (tmp_path / FILE).write_bytes(b"nothing")
+    assert main([*given, "--out", str(tmp_path)]) == 2
+    assert "not a checkpoint of `lora-drop train`" in capsys.readouterr().err
+
+
+def test_the_rate_rises_and_falls() -> None:
+    plan = Plan(steps=10, warmup=2, lr=1.0)
+    rates = [plan.rate(step) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[6] == pytest.approx(0.5)
+    assert all(a > b for a, b in zip(rates[2:], rates[3:])) and rates[-1] > 0
