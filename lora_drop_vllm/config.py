@@ -17,6 +17,8 @@ from lora_drop_vllm.method.layers import (
 )
 from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
 
+MODEL_IMPL = "lora_drop"  # the value of --model-impl
+SETTINGS = "lora_drop"  # the key in --additional-config
 HELP = (
     'pass --additional-config \'{"lora_drop": {"adapter": "DIR"}}\', or for a speed test without '
     'an adapter \'{"lora_drop": {"untrained": true, "rho": 0.5, "k": 3}}\''

@@ -1,4 +1,4 @@
-"""Figures from a profile and from a training log; needs matplotlib, of the extra `train`."""
+"""Figures from plain numbers; they need matplotlib, of the extra `train`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from lora_drop_vllm.training.profiler import HORIZON, Profile
 
 
 def require_matplotlib(flag: str = "--plots") -> None:
@@ -19,36 +17,44 @@ def require_matplotlib(flag: str = "--plots") -> None:
         )
 
 
-def plot_profile(profile: Profile, folder: Path) -> None:
-    """`distances.png` like Fig. 1, `layers.png` like Fig. 4, and by KL `runs.png`."""
+def plot_distances(
+    curve: Mapping[int, float], horizons: Sequence[int], least: float, path: Path
+) -> None:
+    """Similarity by token distance, and each layer's similarity horizon (Fig. 1).
+
+    Args:
+        curve: distance to cosine similarity, the mean of all layers
+        horizons: of each layer
+        least: similarity within a horizon
+    """
     figure, (left, right) = _figure(2, (9, 3.5))
-    left.plot(profile.distances, profile.mean_curve(), marker="o")
-    left.axhline(HORIZON, linestyle=":", color="grey")
+    left.plot([*curve], [*curve.values()], marker="o")
+    left.axhline(least, linestyle=":", color="grey")
     left.set(xlabel="token distance", ylabel="cosine similarity, mean of all layers")
-    horizons = [profile.horizon(row) for row in profile.similarity]
     right.bar(range(len(horizons)), horizons)
-    right.set(xlabel="layer", ylabel=f"similarity horizon (at least {HORIZON})")
-    _save(figure, folder / "distances.png")
+    right.set(xlabel="layer", ylabel=f"similarity horizon (at least {least})")
+    _save(figure, path)
+
+
+def plot_layers(similarity: Mapping[int, Sequence[float]], path: Path) -> None:
+    """Similarity by layer, a curve for each token distance (Fig. 4)."""
     figure, (axes,) = _figure(1, (6, 4))
-    for distance, curve in zip(profile.distances, zip(*profile.similarity)):
+    for distance, curve in similarity.items():
         axes.plot(range(len(curve)), curve, marker=".", label=f"distance {distance}")
     axes.set(xlabel="layer", ylabel="cosine similarity")
     axes.legend()
-    _save(figure, folder / "layers.png")
-    if profile.runs is None:
-        return
+    _save(figure, path)
+
+
+def plot_runs(runs: Mapping[int, Sequence[tuple[int, float]]], path: Path) -> None:
+    """KL of runs of layers that drop, a curve for each length: (first layer, KL)."""
     figure, (axes,) = _figure(1, (6, 4))
-    for count in sorted({run.count for run in profile.runs}):
-        runs = [run for run in profile.runs if run.count == count]
-        axes.plot(
-            [run.first for run in runs],
-            [run.kl for run in runs],
-            marker=".",
-            label=f"{count} layers" if count > 1 else "the layer alone",
-        )
+    for count, points in sorted(runs.items()):
+        label = f"{count} layers" if count > 1 else "the layer alone"
+        axes.plot(*zip(*points), marker=".", label=label)
     axes.set(xlabel="first layer that drops", ylabel="KL to the base model, nats", yscale="log")
     axes.legend()
-    _save(figure, folder / "runs.png")
+    _save(figure, path)
 
 
 def plot_training(log: Sequence[Mapping[str, float]], path: Path) -> None:

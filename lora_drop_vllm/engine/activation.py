@@ -11,14 +11,19 @@ from __future__ import annotations
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from lora_drop_vllm.config import HELP, LoRADropConfig, LoRADropConfigError, resolve
+from lora_drop_vllm.config import (
+    HELP,
+    MODEL_IMPL,
+    SETTINGS,
+    LoRADropConfig,
+    LoRADropConfigError,
+    resolve,
+)
 from lora_drop_vllm.method.adapter import BaseModel
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-MODEL_IMPL = "lora_drop"
-SETTINGS = "lora_drop"
 ARCHITECTURES = {
     "LlamaForCausalLM": "LoRADropLlamaForCausalLM",
     "Qwen2ForCausalLM": "LoRADropQwen2ForCausalLM",
@@ -58,7 +63,7 @@ def activate(vllm_config: VllmConfig) -> None:
     """
     from vllm.logger import init_logger
 
-    from lora_drop_vllm.engine import exit_status, metrics, request_args, seams
+    from lora_drop_vllm.engine import exit_status, request_args, seams, stat_logger
     from lora_drop_vllm.engine.refusals import check_architecture, check_supported
 
     logger = init_logger("vllm.lora_drop")
@@ -75,7 +80,7 @@ def activate(vllm_config: VllmConfig) -> None:
         model_config.hf_config.architectures = [ARCHITECTURES[architecture]]
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.device_config.device_type]
-        metrics.install()
+        stat_logger.install()
     logger.info("%s", startup_line(model_config.model, config))
 
 

@@ -14,8 +14,7 @@ condition: vLLM lets an engine's config name stat loggers.
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_drop_vllm.method.schedule import StepTotals
 
@@ -49,24 +48,3 @@ def read(stats: SchedulerStats) -> dict[str, int]:
         for key, value in stats.waiting_lora_adapters.items()
         if key.startswith(_PREFIX)
     }
-
-
-def install() -> None:
-    """Add the LoRA-Drop logger to this process's engines; calling it twice is harmless."""
-    from vllm.v1.metrics.loggers import StatLoggerManager
-
-    original = StatLoggerManager.__init__
-    if getattr(original, "lora_drop", False):
-        return
-
-    @wraps(original)
-    def init(self: StatLoggerManager, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        from lora_drop_vllm.engine.activation import MODEL_IMPL
-        from lora_drop_vllm.engine.stat_logger import LoRADropStatLogger
-
-        original(self, vllm_config, *args, **kwargs)
-        if vllm_config.model_config.model_impl == MODEL_IMPL:
-            self.stat_loggers.append(LoRADropStatLogger(vllm_config, self.engine_indexes))
-
-    init.lora_drop = True  # type: ignore[attr-defined]
-    StatLoggerManager.__init__ = init

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
+from lora_drop_vllm.config import MODEL_IMPL, SETTINGS
 from lora_drop_vllm.method.adapter_folder import shown
 
 ARGUMENT = "lora_drop_k"
@@ -48,8 +49,6 @@ def install() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
-
-    from lora_drop_vllm.engine.activation import MODEL_IMPL, SETTINGS
 
     original = InputProcessor.process_inputs
     if getattr(original, "lora_drop", False):

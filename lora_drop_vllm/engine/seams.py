@@ -28,7 +28,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
-        "metrics.py",
+        "stat_logger.py",
         ("vllm_config", "engine_idxs", "custom_stat_loggers"),
     ),
     # overridden methods

@@ -1,12 +1,20 @@
-"""Prometheus side of the LoRA-Drop metrics, in the server's process."""
+"""Prometheus side of the LoRA-Drop metrics, in the server's process.
+
+Patches `StatLoggerManager.__init__` to add our logger, and only in engines served with
+`--model-impl lora_drop`. Reason: the entry point `vllm.stat_logger_plugins` would switch
+statistics on in every vLLM of the environment, also where LoRA-Drop is not used. Removal
+condition: vLLM lets an engine's config name stat loggers.
+"""
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 from prometheus_client import Counter, Gauge
-from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 
+from lora_drop_vllm.config import MODEL_IMPL
 from lora_drop_vllm.engine import metrics
 
 
@@ -50,3 +58,19 @@ class LoRADropStatLogger(AggregateStatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         """Nothing to say beyond the start-up line."""
+
+
+def install() -> None:
+    """Add the LoRA-Drop logger to this process's engines; calling it twice is harmless."""
+    original = StatLoggerManager.__init__
+    if getattr(original, "lora_drop", False):
+        return
+
+    @wraps(original)
+    def init(self: StatLoggerManager, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if vllm_config.model_config.model_impl == MODEL_IMPL:
+            self.stat_loggers.append(LoRADropStatLogger(vllm_config, self.engine_indexes))
+
+    init.lora_drop = True  # type: ignore[attr-defined]
+    StatLoggerManager.__init__ = init

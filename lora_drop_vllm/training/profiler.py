@@ -22,6 +22,7 @@ from lora_drop_vllm.decode.decoder import base_model, run_layer
 from lora_drop_vllm.decode.pretrained import open_model
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
 from lora_drop_vllm.method.layers import eligible_layers, num_drop_layers, rank_layers
+from lora_drop_vllm.plots import plot_distances, plot_layers, plot_runs, require_matplotlib
 from lora_drop_vllm.training.corpus import read_corpus
 from lora_drop_vllm.training.layer_runs import Run, measure_runs
 from lora_drop_vllm.training.samples import Sample, sample
@@ -47,8 +48,6 @@ def profile(
     Raises:
         ValueError: settings or a corpus that cannot be used.
     """
-    from lora_drop_vllm.plots import plot_profile, require_matplotlib
-
     if plots:
         require_matplotlib()
     for rho in rhos:
@@ -71,7 +70,7 @@ def profile(
     report = found.report(rhos)
     (out / "profile.json").write_text(json.dumps(report, indent=2) + "\n")
     if plots:
-        plot_profile(found, out)
+        draw(found, out)
     return _render(out, report)
 
 
@@ -170,6 +169,18 @@ class Profile:
             "mean_horizon": self.horizon(self.mean_curve()),
             "drop_layers": lists,
         }
+
+
+def draw(profile: Profile, folder: Path) -> None:
+    """Draws `distances.png` (Fig. 1) and `layers.png` (Fig. 4), and with KL also `runs.png`."""
+    curve = dict(zip(profile.distances, profile.mean_curve()))
+    horizons = [profile.horizon(row) for row in profile.similarity]
+    plot_distances(curve, horizons, HORIZON, folder / "distances.png")
+    plot_layers(dict(zip(profile.distances, zip(*profile.similarity))), folder / "layers.png")
+    if profile.runs is not None:
+        counts = {run.count for run in profile.runs}
+        runs = {n: [(run.first, run.kl) for run in profile.runs if run.count == n] for n in counts}
+        plot_runs(runs, folder / "runs.png")
 
 
 def read_profile(path: Path, base: BaseModel) -> Profile:

@@ -16,10 +16,11 @@ from lora_drop_vllm.decode.decoder import ForcedDecoder, base_model
 from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.method.adapter import BaseModel, read_config
 from lora_drop_vllm.method.layers import rank_layers
+from lora_drop_vllm.plots import plot_training
 from lora_drop_vllm.training.corpus import Corpus
 from lora_drop_vllm.training.layer_runs import Run, first_layers, measure_runs
 from lora_drop_vllm.training.layerwise import fit_tensors
-from lora_drop_vllm.training.profiler import Profile, measure, read_profile
+from lora_drop_vllm.training.profiler import Profile, draw, measure, read_profile
 from lora_drop_vllm.training.samples import sample
 from lora_drop_vllm.training.settings import Settings
 
@@ -219,12 +220,10 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_figures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from lora_drop_vllm.plots import plot_profile, plot_training
-
     profile = Profile(BASE, 1, [1, 2], [[0.9, 0.4]] * 8)
-    plot_profile(profile, tmp_path)
+    draw(profile, tmp_path)
     assert not (tmp_path / "runs.png").exists()
-    plot_profile(replace(profile, runs=[Run(3, 1, 0.1), Run(3, 2, 0.2)]), tmp_path)
+    draw(replace(profile, runs=[Run(3, 1, 0.1), Run(3, 2, 0.2)]), tmp_path)
     log = [{"step": n, "loss": 1.0, "ce": 1.0, "kl": 1.0, "hidden": 0.0, "lr": 1.0} for n in (1, 2)]
     plot_training(log, tmp_path / "training.png")
     names = ("distances.png", "layers.png", "runs.png", "training.png")
