@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_drop_vllm.method.adapter import MAX_K, BaseModel, load_tensors, read_config
+from lora_drop_vllm.method.adapter import MAX_LAYERS, BaseModel, load_tensors, read_config
 from lora_drop_vllm.method.adapter_folder import shown
+from lora_drop_vllm.method.allowed import ALLOWED, Allowed
 from lora_drop_vllm.method.layers import (
     CHOICES,
     choose_layers,
     eligible_layers,
     num_drop_layers,
 )
-from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
+from lora_drop_vllm.method.reuse import REUSE
+from lora_drop_vllm.method.sites import AdapterSites
 
 MODEL_IMPL = "lora_drop"  # the value of --model-impl
 SETTINGS = "lora_drop"  # the key in --additional-config
@@ -66,6 +68,13 @@ class LoRADropConfig:
         """Whether LoRA steps leave holes in the drop layers' KV."""
         return self.kv == "skip"
 
+    @property
+    def sites(self) -> AdapterSites:
+        """The sites and their tensors."""
+        return AdapterSites.of(
+            self.drop_layers, self.injection, self.reuse, self.hidden_size, self.rank
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON, for the engine's config: its hash then covers all that we compile in."""
         return asdict(self) | {"drop_layers": list(self.drop_layers)}
@@ -76,21 +85,45 @@ class LoRADropConfig:
         return cls(**{**resolved, "drop_layers": tuple(resolved["drop_layers"])})
 
 
-_KEYS = (
-    "adapter",
-    "untrained",
-    "k",
-    "rho",
-    "layers",
-    "drop_layers",
-    "reuse",
-    "kv",
-    "injection",
-    "r",
-    "request_k",
-)
-_UNTRAINED_ONLY = ("injection", "r")
-_UNTRAINED = {"k": 3, "rho": 0.5, "reuse": "update", "kv": "skip", "injection": "block", "r": 16}
+def _layer_numbers(value: list[Any]) -> bool:
+    numbers = all(type(layer) is int and abs(layer) <= MAX_LAYERS for layer in value)
+    return numbers and len(set(value)) == len(value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """A key of `lora_drop`.
+
+    Attributes:
+        allowed: its values
+        untrained: what holds under `untrained` if the user leaves the key out; None: nothing
+        of_adapter: whether the adapter decides it, if there is one
+    """
+
+    allowed: Allowed
+    untrained: Any = None
+    of_adapter: bool = False
+
+
+def _yes_or_no(meaning: str = "") -> Allowed:
+    return Allowed(bool, f"true or false{meaning}", lambda value: True)
+
+
+_SETTINGS = {
+    "adapter": _Setting(Allowed(str, "the path of an adapter folder", bool)),
+    "untrained": _Setting(_yes_or_no()),
+    "k": _Setting(ALLOWED["k"], untrained=3),
+    "rho": _Setting(ALLOWED["rho"], untrained=0.5),
+    "layers": _Setting(Allowed.one_of(CHOICES)),
+    "drop_layers": _Setting(Allowed(list, "a list of layer numbers, each once", _layer_numbers)),
+    "reuse": _Setting(ALLOWED["reuse"], untrained="update"),
+    "kv": _Setting(ALLOWED["kv"], untrained="skip"),
+    "injection": _Setting(ALLOWED["injection"], untrained="block", of_adapter=True),
+    "r": _Setting(
+        Allowed(int, "a rank of at least 1", lambda r: r >= 1), untrained=16, of_adapter=True
+    ),
+    "request_k": _Setting(_yes_or_no(" (whether a request may lower its own k by lora_drop_k)")),
+}
 
 
 def resolve(settings: Any, model: BaseModel) -> LoRADropConfig:
@@ -106,17 +139,21 @@ def resolve(settings: Any, model: BaseModel) -> LoRADropConfig:
     """
     if not isinstance(settings, Mapping):
         raise LoRADropConfigError(f"lora_drop={shown(settings)}: expected an object; {HELP}.")
-    if unknown := sorted(str(key) for key in settings if key not in _KEYS):
+    if unknown := sorted(str(key) for key in settings if key not in _SETTINGS):
         raise LoRADropConfigError(
-            f"lora_drop.{unknown[0][:200]}: unknown setting; allowed: {', '.join(_KEYS)}."
+            f"lora_drop.{unknown[0][:200]}: unknown setting; allowed: {', '.join(_SETTINGS)}."
         )
-    _check_types(settings)
+    for key, value in settings.items():
+        allowed = _SETTINGS[key].allowed
+        if value not in allowed:
+            raise LoRADropConfigError(f"lora_drop.{key}={shown(value)}: expected {allowed.text}.")
     if settings.get("untrained", False):
         if "adapter" in settings:
             raise LoRADropConfigError(
                 "lora_drop.untrained=true: cannot be combined with an adapter; drop one of them."
             )
-        return _resolve_untrained({**_UNTRAINED, **settings}, settings, model)
+        defaults = {key: setting.untrained for key, setting in _SETTINGS.items()}
+        return _resolve_untrained({**defaults, **settings}, settings, model)
     if "adapter" not in settings:
         raise LoRADropConfigError(f"lora_drop.adapter: missing; {HELP}.")
     return _resolve_adapter(settings, model)
@@ -128,12 +165,13 @@ def _resolve_untrained(
     eligible = eligible_layers(model.num_hidden_layers)
     if merged["r"] > model.hidden_size:
         raise LoRADropConfigError(
-            f"lora_drop.r={merged['r']}: expected at most the model's width, {model.hidden_size}."
+            f"lora_drop.r={shown(merged['r'])}: expected at most the model's width, "
+            f"{model.hidden_size}."
         )
     layers = _drop_layers(settings, model, eligible, "eligible layers")
     if layers is None:
         layers = choose_layers(
-            merged.get("layers", CHOICES[0]),
+            settings.get("layers", CHOICES[0]),
             num_drop_layers(merged["rho"], model.num_hidden_layers),
             eligible,
         )
@@ -153,8 +191,8 @@ def _resolve_untrained(
 
 
 def _resolve_adapter(settings: Mapping[str, Any], model: BaseModel) -> LoRADropConfig:
-    for key in _UNTRAINED_ONLY:
-        if key in settings:
+    for key, setting in _SETTINGS.items():
+        if setting.of_adapter and key in settings:
             raise LoRADropConfigError(
                 f"lora_drop.{key}={shown(settings[key])}: the adapter decides it; leave it out."
             )
@@ -225,41 +263,3 @@ def _drop_layers(
             f"{len(candidates)} and may only become fewer; lower rho."
         )
     return choose_layers(settings.get("layers", CHOICES[0]), count, candidates)
-
-
-def _check_types(settings: Mapping[str, Any]) -> None:
-    def is_int(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_K
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
-    def layer_list(value: Any) -> bool:
-        return isinstance(value, list) and all(map(is_int, value)) and len(set(value)) == len(value)
-
-    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "adapter": (lambda v: isinstance(v, str) and bool(v), "the path of an adapter folder"),
-        "untrained": (lambda v: isinstance(v, bool), "true or false"),
-        "k": (
-            lambda v: is_int(v) and v >= 0,
-            f"an integer, 0 or more (0 switches LoRA-Drop off), at most {MAX_K}",
-        ),
-        "rho": (
-            lambda v: is_number(v) and 0 <= v <= 1,
-            "0 <= rho <= 1, the fraction of eligible layers to drop; write 0.5 for 50 %",
-        ),
-        "layers": (lambda v: v in CHOICES, f"one of {', '.join(CHOICES)}"),
-        "drop_layers": (layer_list, "a list of layer numbers, each once"),
-        "reuse": (lambda v: isinstance(v, str) and v in REUSE, f"one of {', '.join(REUSE)}"),
-        "kv": (lambda v: v in KV_MODES, f"one of {', '.join(KV_MODES)}"),
-        "injection": (lambda v: isinstance(v, str) and v in SITES, f"one of {', '.join(SITES)}"),
-        "r": (lambda v: is_int(v) and v >= 1, "a rank of at least 1"),
-        "request_k": (
-            lambda v: isinstance(v, bool),
-            "true or false (whether a request may lower its own k by lora_drop_k)",
-        ),
-    }
-    for key, value in settings.items():
-        ok, allowed = checks[key]
-        if not ok(value):
-            raise LoRADropConfigError(f"lora_drop.{key}={shown(value)}: expected {allowed}.")

@@ -26,7 +26,7 @@ from lora_drop_vllm.decode.pretrained import open_model
 from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.evaluation.divergence import perplexity
 from lora_drop_vllm.evaluation.evaluate import PROMPT, WINDOW
-from lora_drop_vllm.method.adapter import AdapterConfig, load_tensors, read_config, tensor_shapes
+from lora_drop_vllm.method.adapter import AdapterConfig, load_tensors, read_config
 from support import record
 from support.serve_blocks import Prompts, measure
 from support.serve_figures import Block
@@ -186,11 +186,8 @@ def offline_adapter(subject: Subject, config: LoRADropConfig) -> Adapter:
         kv=config.kv,
         injection=config.injection,
     )
-    trained = {}
+    tensors = described.sites.start()
     if config.adapter:
         trained = load_tensors(Path(config.adapter), read_config(Path(config.adapter)))
-    tensors = {}
-    for name, shape in tensor_shapes(described).items():
-        untrained = torch.ones(shape) if name.endswith("gate") else torch.zeros(shape)
-        tensors[name] = trained.get(name, untrained)
+        tensors = {name: trained[name] for name in tensors}
     return Adapter(described, tensors)

@@ -50,8 +50,7 @@ class Subject:
     @property
     def shape(self) -> BaseModel:
         """What an adapter must agree on with it."""
-        raw = self.config
-        return BaseModel(raw["model_type"], raw["num_hidden_layers"], raw["hidden_size"])
+        return BaseModel.of(self.config)
 
     def settings(self, rho: float | None, k: int | None) -> dict[str, Any]:
         """The value of `lora_drop`; None leaves a setting to the adapter or the default."""

@@ -24,7 +24,7 @@ def check(model: str, adapter: Path, as_json: bool = False) -> str:
         text_config = AutoConfig.from_pretrained(model).get_text_config()
     except OSError as error:
         raise ValueError(f"{model}: no such model folder, nor one in the local cache") from error
-    base = BaseModel(text_config.model_type, text_config.num_hidden_layers, text_config.hidden_size)
+    base = BaseModel.of(text_config)
     config = resolve({"adapter": str(adapter)}, base)
     n, drop = base.num_hidden_layers, list(config.drop_layers)
     facts: dict[str, object] = {

@@ -65,7 +65,7 @@ def run(settings: dict[str, Any], tokens: int, port: int | None = None) -> Repor
         port: of the server; a free one by default
     """
     model = real_model()
-    config = resolve(settings, _base_model(model))
+    config = resolve(settings, BaseModel.of(json.loads((model / "config.json").read_text())))
     print(f"Model:    {model}\nSettings: {json.dumps(settings)}", flush=True)
     arguments = ["--model-impl", "lora_drop"]
     arguments += ["--additional-config", json.dumps({"lora_drop": settings})]
@@ -80,11 +80,6 @@ def run(settings: dict[str, Any], tokens: int, port: int | None = None) -> Repor
     _print_table(report, config)
     print(json.dumps(asdict(report)), flush=True)
     return report
-
-
-def _base_model(model: Path) -> BaseModel:
-    raw = json.loads((model / "config.json").read_text())
-    return BaseModel(raw["model_type"], raw["num_hidden_layers"], raw["hidden_size"])
 
 
 def _stream_aloud(server: Server, tokens: int) -> tuple[str, int]:

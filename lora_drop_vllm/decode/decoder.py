@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_drop_vllm.decode.masks import Span, causal_mask, use_backend
 from lora_drop_vllm.decode.positions import Layout, Schedule, sum_since_full, take
-from lora_drop_vllm.decode.trainable import Adapter, Site, sites
+from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.kernels.reference import drop_update, gated_change
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
 from lora_drop_vllm.method.reuse import REUSE, Reuse
+from lora_drop_vllm.method.sites import Site
 
 FAMILIES = ("llama", "qwen2")
 TOKENS_AT_ONCE = 2048  # of a batch, where no gradient is wanted
@@ -43,7 +44,7 @@ def base_model(model: Any) -> BaseModel:
             "use_sliding_window=True: layers with sliding-window attention are not supported; use "
             "a model without them"
         )
-    return BaseModel(config.model_type, config.num_hidden_layers, config.hidden_size)
+    return BaseModel.of(config)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class ForcedDecoder:
         if not adapted or i not in config.drop_layers:
             return run_layer(layer, x, batch)
         stream = refresh(layer, x, batch, config.kv)
-        return update(x, stream, batch, config, sites(config, i, self.adapter.tensors()))
+        return update(x, stream, batch, config, config.sites.of_layer(i, self.adapter.tensors()))
 
 
 def run_layer(layer: Any, x: Tensor, batch: Batch) -> Tensor:

@@ -90,12 +90,6 @@ def active_config(vllm_config: VllmConfig) -> LoRADropConfig:
     return LoRADropConfig.from_dict(additional[SETTINGS])
 
 
-def base_model(hf_config: Any) -> BaseModel:
-    """What an adapter must match, from a Hugging Face config."""
-    text = hf_config.get_text_config()
-    return BaseModel(text.model_type, text.num_hidden_layers, text.hidden_size)
-
-
 def startup_line(model: str, config: LoRADropConfig) -> str:
     """One line that says what is served."""
     from lora_drop_vllm.method.cost import ideal_speed, kv_saving
@@ -120,4 +114,4 @@ def _resolve_settings(vllm_config: VllmConfig) -> LoRADropConfig:
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or SETTINGS not in additional:
         raise LoRADropConfigError(f"--model-impl lora_drop needs settings: {HELP}.")
-    return resolve(additional[SETTINGS], base_model(vllm_config.model_config.hf_config))
+    return resolve(additional[SETTINGS], BaseModel.of(vllm_config.model_config.hf_config))

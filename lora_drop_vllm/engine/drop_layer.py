@@ -18,7 +18,6 @@ from vllm.utils.torch_utils import _encode_layer_name
 
 from lora_drop_vllm.config import LoRADropConfig
 from lora_drop_vllm.kernels import ops
-from lora_drop_vllm.method.adapter import tensor_prefix
 from lora_drop_vllm.method.reuse import REUSE, SITES, Reuse
 
 
@@ -184,13 +183,13 @@ def make_drop_layers(
     per_layer = len(SITES[config.injection])
     rule = REUSE[config.reuse]
 
-    def part(name: str, sites: range) -> Tensor:
-        return torch.stack([_tensor(name, config, tensors, site) for site in sites])
+    tensors = config.sites.start() if tensors is None else tensors
+    filled = [site for i in config.drop_layers for site in config.sites.of_layer(i, tensors)]
 
     for run in _runs(config.drop_layers):
         sites = range(run.start * per_layer, run.stop * per_layer)
         own_states = states[sites.start : sites.stop]
-        gates = part("gate", sites) if rule.difference else None
+        gates = torch.stack([filled[n].gate for n in sites]) if rule.difference else None
         kept = KeptStates(rule, own_states, slots, gates)
         for n, place in enumerate(run):
             _drop(layers[config.drop_layers[place]], kept, n, config)
@@ -198,9 +197,9 @@ def make_drop_layers(
         step = len(sites) if config.kv_skips else per_layer
         for start in range(0, len(sites), step):
             updated = sites[start : start + step]
-            matrices = (part(f"lora_{m}.weight", updated) for m in "AB")
+            A, B = (torch.stack([getattr(filled[n], name) for n in updated]) for name in "AB")
             layer = layers[config.drop_layers[updated.start // per_layer]]
-            layer.run = DropRun(config, *matrices, states[updated.start : updated.stop], slots)
+            layer.run = DropRun(config, A, B, states[updated.start : updated.stop], slots)
 
 
 def _drop(layer: Any, kept: KeptStates, n: int, config: LoRADropConfig) -> None:
@@ -247,16 +246,3 @@ def _between_sites(kept: KeptStates, attn: int, mlp: int) -> Any:
             kept.enter(*args, mlp)
 
     return save
-
-
-def _tensor(
-    name: str, config: LoRADropConfig, tensors: dict[str, Tensor] | None, site: int
-) -> Tensor:
-    """An adapter tensor of the site at this place of all."""
-    d, r = config.hidden_size, config.rank
-    if tensors is None:
-        shapes = {"lora_A.weight": (r, d), "lora_B.weight": (d, r), "gate": (d,)}
-        return torch.full(shapes[name], float(name == "gate"))
-    names = SITES[config.injection]
-    layer, place = divmod(site, len(names))
-    return tensors[f"{tensor_prefix(config.drop_layers[layer], names[place])}.{name}"]

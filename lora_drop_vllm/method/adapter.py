@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from lora_drop_vllm.atomic_files import replacing
 from lora_drop_vllm.method.adapter_folder import AdapterError, file_in, read_json, shown
+from lora_drop_vllm.method.allowed import ALLOWED
 from lora_drop_vllm.method.layers import (
     HEAD_LAYERS,
     TAIL_LAYERS,
     eligible_layers,
     num_drop_layers,
 )
-from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
+from lora_drop_vllm.method.sites import AdapterSites
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "LORA_DROP"
 FORMAT = 1
 MAX_LAYERS = 10_000  # of a base model; lists of layers are built before anything is compared
-MAX_K = 2**31 - 1
 MAX_ALPHA = 1e30  # finite in fp32, whatever the rank
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,6 +40,14 @@ class BaseModel:
     model_type: str
     num_hidden_layers: int
     hidden_size: int
+
+    @classmethod
+    def of(cls, config: Any) -> BaseModel:
+        """The base model of a Hugging Face config, or of the object in a `config.json`."""
+        if isinstance(config, Mapping):
+            return cls(*(config[field.name] for field in fields(cls)))
+        text = config.get_text_config()
+        return cls(*(getattr(text, field.name) for field in fields(cls)))
 
     def __str__(self) -> str:
         return f"{self.model_type}, {self.num_hidden_layers} layers of width {self.hidden_size}"
@@ -69,24 +77,11 @@ class AdapterConfig:
         """The factor before B A, alpha / r, as in PEFT."""
         return self.lora_alpha / self.r
 
-
-def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of exactly the tensors that belong to an adapter."""
-    d, r = config.base_model.hidden_size, config.r
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in config.drop_layers:
-        for site in SITES[config.injection]:
-            prefix = tensor_prefix(layer, site)
-            shapes[f"{prefix}.lora_A.weight"] = (r, d)
-            shapes[f"{prefix}.lora_B.weight"] = (d, r)
-            if REUSE[config.reuse].difference:
-                shapes[f"{prefix}.gate"] = (d,)
-    return shapes
-
-
-def tensor_prefix(layer: int, site: str) -> str:
-    """`layers.{i}`, or with `injection: attn_mlp` `layers.{i}.attn` and `layers.{i}.mlp`."""
-    return f"layers.{layer}.{site}" if site else f"layers.{layer}"
+    @property
+    def sites(self) -> AdapterSites:
+        """The sites and their tensors."""
+        d = self.base_model.hidden_size
+        return AdapterSites.of(self.drop_layers, self.injection, self.reuse, d, self.r)
 
 
 def save_adapter(
@@ -148,7 +143,7 @@ def load_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
 
 def check_tensors(where: Path | str, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
     """Raise AdapterError unless the tensors are exactly those that the config describes."""
-    expected = tensor_shapes(config)
+    expected = config.sites.shapes()
     if missing := sorted(expected.keys() - tensors.keys()):
         raise AdapterError(
             f"{where}: missing tensor {missing[0]!r} ({len(missing)} missing); expected exactly "
@@ -178,53 +173,35 @@ def check_tensors(where: Path | str, config: AdapterConfig, tensors: Mapping[str
 def _parse_config(path: Path, raw: Any) -> AdapterConfig:
     if not isinstance(raw, dict):
         raise AdapterError(f"{path}: expected a JSON object, got {type(raw).__name__}.")
-    raw = dict(raw)
-    _check_keys(path, "", raw, {f.name for f in fields(AdapterConfig)})
-    base = raw.pop("base_model")
-    if not isinstance(base, dict):
-        raise AdapterError(f"{path}: base_model={shown(base)}: expected an object.")
-    _check_keys(path, "base_model.", base, {f.name for f in fields(BaseModel)})
-    for key, kind in _BASE_TYPES.items():
-        _check_type(path, f"base_model.{key}", base[key], kind)
-    for key, kind in _TYPES.items():
-        _check_type(path, key, raw[key], kind)
-    config = AdapterConfig(base_model=BaseModel(**base), **raw)
+    _check_fields(path, "", AdapterConfig, raw)
+    _check_fields(path, "base_model.", BaseModel, raw["base_model"])
+    config = AdapterConfig(**raw | {"base_model": BaseModel(**raw["base_model"])})
     _check_values(path, config)
     return config
 
 
-_BASE_TYPES = {"model_type": str, "num_hidden_layers": int, "hidden_size": int}
-_TYPES: dict[str, Any] = {
-    "peft_type": str,
-    "format": int,
-    "base_model_name_or_path": str,
-    "r": int,
-    "lora_alpha": (int, float),
-    "rho": (int, float),
-    "k": int,
-    "drop_layers": list,
-    "head_layers": int,
-    "tail_layers": int,
-    "reuse": str,
-    "kv": str,
-    "injection": str,
+# JSON types that fields of other types have in the file, and their name
+_IN_JSON: dict[Any, tuple[tuple[type, ...], str]] = {
+    float: ((int, float), "int or float"),
+    list[int]: ((list,), "list"),
+    BaseModel: ((dict,), "an object"),
 }
 
 
-def _check_keys(path: Path, prefix: str, raw: dict[str, Any], expected: set[str]) -> None:
-    if missing := sorted(expected - raw.keys()):
+def _check_fields(path: Path, prefix: str, kind: type, raw: dict[str, Any]) -> None:
+    """Raise AdapterError unless the keys and types are those of a dataclass."""
+    hints = get_type_hints(kind)
+    if missing := sorted(hints.keys() - raw.keys()):
         raise AdapterError(f"{path}: missing key {prefix + missing[0]!r}.")
-    if unknown := sorted(raw.keys() - expected):
+    if unknown := sorted(raw.keys() - hints.keys()):
         raise AdapterError(
             f"{path}: unknown key {shown(prefix + unknown[0])}; allowed: "
-            f"{', '.join(sorted(expected))}."
+            f"{', '.join(sorted(hints))}."
         )
-
-
-def _check_type(path: Path, key: str, value: Any, kind: Any) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise AdapterError(f"{path}: {key}={shown(value)}: expected {names}.")
+    for key, hint in hints.items():
+        types, name = _IN_JSON.get(hint, ((hint,), hint.__name__))
+        if not isinstance(raw[key], types) or isinstance(raw[key], bool):
+            raise AdapterError(f"{path}: {prefix}{key}={shown(raw[key])}: expected {name}.")
 
 
 def _check_values(path: Path, config: AdapterConfig) -> None:
@@ -244,30 +221,25 @@ def _check_values(path: Path, config: AdapterConfig) -> None:
     require(config.format == FORMAT, "format", f"{FORMAT}, the only format there is")
     require(1 <= config.r <= base.hidden_size, "r", "a rank from 1 to hidden_size")
     require(abs(config.lora_alpha) <= MAX_ALPHA, "lora_alpha", "a finite number")
-    require(
-        0 <= config.k <= MAX_K, "k", f"0 or more LoRA steps between two full steps, at most {MAX_K}"
-    )
-    require(0 <= config.rho <= 1, "rho", "0 <= rho <= 1, the share of eligible layers that drop")
-    require(config.reuse in REUSE, "reuse", f"one of {', '.join(REUSE)}")
-    require(config.kv in KV_MODES, "kv", f"one of {', '.join(KV_MODES)}")
-    require(config.injection in SITES, "injection", f"one of {', '.join(SITES)}")
+    for key, allowed in ALLOWED.items():
+        require(getattr(config, key) in allowed, key, allowed.text)
     require(config.head_layers == HEAD_LAYERS, "head_layers", str(HEAD_LAYERS))
     require(config.tail_layers == TAIL_LAYERS, "tail_layers", str(TAIL_LAYERS))
     num_layers = base.num_hidden_layers
-    allowed = eligible_layers(num_layers)
+    eligible = eligible_layers(num_layers)
     require(
         all(type(i) is int for i in config.drop_layers)
         and sorted(set(config.drop_layers)) == config.drop_layers
-        and set(config.drop_layers) <= set(allowed),
+        and set(config.drop_layers) <= set(eligible),
         "drop_layers",
-        f"ascending layer numbers, each once, from {_span(allowed)} (the first {HEAD_LAYERS} and "
+        f"ascending layer numbers, each once, from {_span(eligible)} (the first {HEAD_LAYERS} and "
         f"the last {TAIL_LAYERS} of {num_layers} always run)",
     )
     count = num_drop_layers(config.rho, num_layers)
     require(
         len(config.drop_layers) == count,
         "drop_layers",
-        f"{count} layers, what rho={config.rho} gives for {len(allowed)} eligible ones",
+        f"{count} layers, what rho={config.rho} gives for {len(eligible)} eligible ones",
     )
 
 

@@ -27,9 +27,9 @@ from lora_drop_vllm.decode.decoder import (
     update,
 )
 from lora_drop_vllm.decode.positions import take
-from lora_drop_vllm.decode.trainable import Site, named
 from lora_drop_vllm.method.adapter import AdapterConfig
 from lora_drop_vllm.method.reuse import REUSE, SITES
+from lora_drop_vllm.method.sites import Site
 from lora_drop_vllm.training.regression import Moments, fit_site
 from lora_drop_vllm.training.samples import HELD_OUT, Sample
 
@@ -44,7 +44,7 @@ def fit_tensors(model: Any, samples: Sequence[Sample], config: AdapterConfig) ->
     for i, layer in enumerate(tqdm(layers, desc="Fitting", unit="layer")):
         if i in config.drop_layers:
             of, teacher, student = fit_layer(layer, teacher, student, batches, config)
-            tensors |= named(config, i, of)
+            tensors |= config.sites.named(i, of)
             continue
         shared = student is teacher
         teacher = [run_layer(layer, x, batch) for x, batch in zip(teacher, batches)]

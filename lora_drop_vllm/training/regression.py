@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_drop_vllm.decode.trainable import Site
 from lora_drop_vllm.method.reuse import Reuse
+from lora_drop_vllm.method.sites import Site
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean eigenvalue of the inputs' second moment
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
+from lora_drop_vllm.method.allowed import ALLOWED
 from lora_drop_vllm.method.layers import (
     CHOICES,
     choose_layers,
     eligible_layers,
     num_drop_layers,
 )
-from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CRITERIA = ("similarity", "kl")  # named choices that need scores of the layers
@@ -51,12 +51,14 @@ class Settings:
             if not ok:
                 raise ValueError(f"--{flag} {value}: expected {allowed}")
 
+        for flag, allowed in ALLOWED.items():
+            value = getattr(self, flag)
+            require(value is None or value in allowed, flag, value, allowed.text)
         eligible = eligible_layers(base.num_hidden_layers)
         if isinstance(self.layers, str):
             names = (*CHOICES, *CRITERIA)
             require(self.layers in names, "layers", self.layers, f"{', '.join(names)} or 3,5,9")
             rho = 0.25 if self.rho is None else self.rho
-            require(0 <= rho <= 1, "rho", rho, "0 to 1; write 0.25 for a quarter")
             least = 0.5 / max(len(eligible), 1)
             require(
                 num_drop_layers(rho, base.num_hidden_layers) >= 1,
@@ -77,9 +79,6 @@ class Settings:
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         d = base.hidden_size
         require(1 <= self.rank <= d, "rank", self.rank, f"1 to {d}, the model's width")
-        require(self.reuse in REUSE, "reuse", self.reuse, f"one of {', '.join(REUSE)}")
-        require(self.kv in KV_MODES, "kv", self.kv, f"one of {', '.join(KV_MODES)}")
-        require(self.injection in SITES, "injection", self.injection, f"one of {', '.join(SITES)}")
         require(
             self.tokens >= self.length, "tokens", self.tokens, f"--length {self.length} or more"
         )
@@ -88,7 +87,7 @@ class Settings:
         """Raise ValueError where a flag asks for another adapter than the one to go on from."""
         plain, theirs = Settings(), {"rank": adapter.r, "rho": adapter.rho}
         theirs |= {"layers": tuple(adapter.drop_layers)}
-        for flag in ("rho", "layers", "k", "rank", "reuse", "kv", "injection"):
+        for flag in ("layers", "rank", *ALLOWED):
             asked, has = getattr(self, flag), theirs.get(flag, getattr(adapter, flag, None))
             if asked not in (getattr(plain, flag), has):
                 raise ValueError(

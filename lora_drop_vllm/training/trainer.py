@@ -24,7 +24,6 @@ from lora_drop_vllm.method.adapter import (
     load_tensors,
     read_config,
     save_adapter,
-    tensor_shapes,
 )
 from lora_drop_vllm.plots import plot_training, require_matplotlib
 from lora_drop_vllm.training.checkpoint import Checkpoint, append_log, read_log, write_log
@@ -133,11 +132,4 @@ def begin(
     config = new_config(model, base, settings, samples, profile)
     if start == "fit":
         return config, fit_tensors(base, samples, config)
-    generator = torch.Generator().manual_seed(settings.seed)
-    tensors = {}
-    for name, shape in tensor_shapes(config).items():
-        if name.endswith("lora_A.weight"):
-            tensors[name] = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-        else:
-            tensors[name] = torch.full(shape, 1.0 if name.endswith("gate") else 0.0)
-    return config, tensors
+    return config, config.sites.start(torch.Generator().manual_seed(settings.seed))

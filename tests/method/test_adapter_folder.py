@@ -28,13 +28,12 @@ from lora_drop_vllm.method.adapter import (
     AdapterError,
     BaseModel,
     save_adapter,
-    tensor_shapes,
 )
 
 INPUTS = 500  # of each of four kinds
 MODEL = BaseModel("llama", 8, 16)
 CONFIG = AdapterConfig("base", MODEL, 2, 4.0, 0.5, 3, [3, 5], "update", "skip", "block")
-TENSORS = {name: torch.ones(shape) for name, shape in tensor_shapes(CONFIG).items()}
+TENSORS = {name: torch.ones(shape) for name, shape in CONFIG.sites.shapes().items()}
 TENSOR_BYTES = save(TENSORS)
 
 STRANGE = st.sampled_from(

@@ -74,7 +74,7 @@ def test_bad_settings(settings: Any, message: str) -> None:
 
 BAD_CONFIGS = [
     ({"colour": 1}, r"unknown key 'colour'; allowed:"),
-    ({"k": -1}, r"k=-1: expected 0 or more"),
+    ({"k": -1}, r"k=-1: expected an integer, 0 or more"),
     ({"k": "3"}, r"k='3': expected int"),
     ({"rho": 1.5}, r"rho=1\.5: expected 0 <= rho <= 1"),
     ({"rho": 0.9}, r"drop_layers=\[3, 5\]: expected 4 layers"),

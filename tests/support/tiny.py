@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel, save_adapter, tensor_shapes
+from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel, save_adapter
 from lora_drop_vllm.method.layers import eligible_layers
 
 VOCAB = 512
@@ -90,7 +90,7 @@ def make_adapter(
     base = AutoConfig.from_pretrained(model)
     config = AdapterConfig(
         base_model_name_or_path=str(model),
-        base_model=BaseModel(base.model_type, base.num_hidden_layers, base.hidden_size),
+        base_model=BaseModel.of(base),
         r=r,
         lora_alpha=2.0 * r,
         rho=len(drop_layers) / len(eligible_layers(base.num_hidden_layers)),
@@ -102,7 +102,7 @@ def make_adapter(
     )
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in tensor_shapes(config).items():
+    for name, shape in config.sites.shapes().items():
         value = torch.randn(shape, generator=generator)
         if name.endswith("gate"):
             tensors[name] = 0.7 + 0.2 * value

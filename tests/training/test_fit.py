@@ -169,7 +169,7 @@ def test_the_command_writes_an_adapter_that_loads(
         (["--dtype", "int8"], "--dtype int8: expected one of float32, bfloat16, float16"),
         (["--rank", "129"], "--rank 129: expected 1 to 128, the model's width"),
         (["--rank", "128", "--tokens", "128"], "--rank 128: expected two rows of --length 64"),
-        (["--rho", "1.5"], "--rho 1.5: expected 0 to 1"),
+        (["--rho", "1.5"], "--rho 1.5: expected 0 <= rho <= 1"),
         (["--rho", "0.01"], "--rho 0.01: expected 0.125 or more"),
         (["--rho", "0.5", "--layers", "3,5"], "--rho 0.5: expected nothing"),
         (["--layers", "2,5"], "--layers 2,5: expected layers of [3, 4, 5, 6]"),
