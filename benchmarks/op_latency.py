@@ -108,21 +108,23 @@ def describe(launch: Chain | Launch) -> str:
 
 def kernel(given: dict[str, Tensor], launch: Chain | Launch) -> Tensor:
     """A case by Triton."""
+    from lora_drop_vllm.kernels.reference import Update
     from lora_drop_vllm.kernels.triton_run import drop_run_triton
     from lora_drop_vllm.kernels.triton_update import drop_update_triton
 
-    if len(given["A"]) > 1:
-        return drop_run_triton(**given, **RULE, launch=launch)
-    first = {name: given[name][0] for name in ("A", "B")}
-    x, state, slots = given["x"], given["states"][0], given["slots"]
-    return drop_update_triton(x, state, slots, **first, **RULE, launch=launch)
+    x, states, slots = (given[name] for name in ("x", "states", "slots"))
+    update = Update(given["A"], given["B"], **RULE)
+    if len(states) > 1:
+        return drop_run_triton(x, states, slots, update, launch=launch)
+    return drop_update_triton(x, states[0], slots, update.layer(0), launch=launch)
 
 
 def reference(given: dict[str, Tensor]) -> Tensor:
     """A case by the reference, in fp32."""
-    from lora_drop_vllm.kernels.reference import drop_run
+    from lora_drop_vllm.kernels.reference import Update, drop_run
 
-    return drop_run(**given, **RULE)
+    x, states, slots = (given[name] for name in ("x", "states", "slots"))
+    return drop_run(x, states, slots, Update(given["A"], given["B"], **RULE))
 
 
 def unfused(given: dict[str, Tensor]) -> Tensor:

@@ -1,87 +1,92 @@
 """Eager PyTorch: the definition of correct for every kernel here.
 
-T is the rows of a step, S the state slots, d the hidden size, r the rank. `slots` [T] names each
-row's state slot; a negative slot marks a row that owns none (padding, or a token that is not the
-last of its request): its state is neither read into a result that counts nor written.
+T is the number of rows of a step, S of state slots, d the hidden size, r the rank. `slots` names
+the state slot of each row; it may be longer than T. A negative slot marks a row that owns none
+(padding, or a token that is not the last of its request): its state is neither written nor read
+into a result that counts.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 
-def drop_update(
-    x: Tensor,
-    state: Tensor | None,
-    slots: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    beta: float,
-    writes_back: bool,
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Update:
+    """The update of a layer, or of a run of L layers: what is the same for all rows.
+
+    Attributes:
+        A, B: [r, d], [d, r]; for a run [L, r, d], [L, d, r]
+        scale: alpha / r
+        beta: weight of the layer's own input
+        writes_back: whether the result replaces c_i (`previous`)
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    beta: float
+    writes_back: bool
+
+    def layer(self, i: int) -> Update:
+        """The update of one layer of a run."""
+        return replace(self, A=self.A[i], B=self.B[i])
+
+
+def drop_update(x: Tensor, state: Tensor | None, slots: Tensor, update: Update) -> Tensor:
     """Output of one drop layer on a LoRA step (Eq. 4 with delta = 0, for every `reuse` rule).
 
     x_t^i = beta * x_t^{i-1} + c_i + scale * B A x_t^{i-1}, accumulated in fp32, rounded once.
 
     Args:
         x:     [T, d]  layer input x_t^{i-1}, one row per request
-        state: [S, d]  c_i by slot, or None where the rule keeps none
+        state: [S, d]  c_i by slot, or None if the rule keeps none
         slots: [T]     slot of each row, negative for padding
-        A, B:  [r, d], [d, r]
-        writes_back: replace c_i by the result (`previous`)
 
     Returns:
         [T, d] in the dtype of `x`; padding rows hold no meaning.
     """
-    states = None if state is None else state[None]
-    return drop_run(x, states, slots, A[None], B[None], scale, beta, writes_back)
+    run = replace(update, A=update.A[None], B=update.B[None])
+    return drop_run(x, None if state is None else state[None], slots, run)
 
 
-def drop_run(
-    x: Tensor,
-    states: Tensor | None,
-    slots: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    beta: float,
-    writes_back: bool,
-) -> Tensor:
+def drop_run(x: Tensor, states: Tensor | None, slots: Tensor, update: Update) -> Tensor:
     """Output of L consecutive drop layers on a LoRA step: `drop_update`, L times (Eq. 4).
 
-    Each layer's output is rounded to the dtype of `x` before the next one takes it up.
+    Each layer's output is rounded to the dtype of `x` before the next layer reads it.
 
     Args:
         x:      [T, d]     input of the first layer
-        states: [L, S, d]  c_i of each layer by slot, or None where the rule keeps none
+        states: [L, S, d]  c_i of each layer by slot, or None if the rule keeps none
         slots:  [T]        slot of each row in every layer, negative for padding
-        A, B:   [L, r, d], [L, d, r]
-        writes_back: replace each c_i by the layer's result (`previous`)
 
     Returns:
         [T, d] output of the last layer; padding rows hold no meaning.
     """
+    slots = slots[: len(x)]
     kept = None
     if states is not None:
         kept = states.index_select(1, slots.clamp(min=0)).float()  # [L, T, d]
+    downs, ups = update.A.float().mT.unbind(), update.B.float().mT.unbind()
     result = x
     with torch.autocast(x.device.type, enabled=False):  # fp32 also where a trainer casts
-        for i, (down, up) in enumerate(zip(A.float().mT.unbind(), B.float().mT.unbind())):
+        for i, (down, up) in enumerate(zip(downs, ups)):
             x = result.float()
-            out = x * beta if kept is None else torch.add(kept[i], x, alpha=beta)
-            result = out.addmm_(x @ down, up, alpha=scale).to(result.dtype)
-            if writes_back:
+            out = x * update.beta if kept is None else torch.add(kept[i], x, alpha=update.beta)
+            result = out.addmm_(x @ down, up, alpha=update.scale).to(result.dtype)
+            if update.writes_back:
                 assert states is not None
                 _scatter(states[i], slots, result)
     return result
 
 
 def save_stream(hidden: Tensor, residual: Tensor, states: Tensor, site: int, slots: Tensor) -> None:
-    """states[site, slot] = x_a = hidden + residual for rows that own a slot; the rest untouched.
+    """states[site, slot] = x_a = hidden + residual for rows that own a slot; no other changes.
 
-    Behind a site that is its c_i (`previous`, `anchor`); in front of it, what `save_changes` needs.
+    Behind a site this is its c_i (`previous`, `anchor`); in front of it, what `save_changes` needs.
 
     Args:
         hidden, residual: [T, d]
@@ -148,7 +153,7 @@ def gated_change(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
 
 def _last(hidden: Tensor, residual: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """The slots of the rows that own one, [M], and the stream hidden + residual there, [M, d]."""
-    rows = slots.ge(0).nonzero().squeeze(1)
+    rows = slots[: len(hidden)].ge(0).nonzero().squeeze(1)
     x = hidden.index_select(0, rows).add_(residual.index_select(0, rows))
     return slots.index_select(0, rows), x
 

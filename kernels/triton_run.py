@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_drop_vllm.kernels.heuristics import Chain, Launch, power_of_2, run_launch
-from lora_drop_vllm.kernels.triton_update import drop_update_triton, shrink, update
+from lora_drop_vllm.kernels.reference import Update
+from lora_drop_vllm.kernels.triton_update import drop_update_triton, launch_update, shrink
 
 
 @triton.jit
@@ -74,11 +75,7 @@ def drop_run_triton(
     x: Tensor,
     states: Tensor | None,
     slots: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    beta: float,
-    writes_back: bool,
+    update: Update,
     launch: Chain | Launch | None = None,
 ) -> Tensor:
     """`reference.drop_run`, [T, d] to [T, d], launched as given or as the table says.
@@ -88,29 +85,24 @@ def drop_run_triton(
     """
     if len(x) == 0:
         return torch.empty_like(x)
-    launch = launch or run_launch(len(A), *x.shape, A.shape[1], x.element_size())
+    layers, r, _ = update.A.shape
+    launch = launch or run_launch(layers, *x.shape, r, x.element_size())
     if isinstance(launch, Chain):
-        return _chained(x, states, slots, A, B, scale, beta, writes_back, launch)
+        return _chained(x, states, slots, update, launch)
     if launch.split:
-        return _linked(x, states, slots, A, B, scale, beta, writes_back, launch)
-    for i in range(len(A)):
+        return _linked(x, states, slots, update, launch)
+    for i in range(layers):
         state = None if states is None else states[i]
-        x = drop_update_triton(x, state, slots, A[i], B[i], scale, beta, writes_back, launch=launch)
+        x = drop_update_triton(x, state, slots, update.layer(i), launch=launch)
     return x
 
 
 def _chained(
-    x: Tensor,
-    states: Tensor | None,
-    slots: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    beta: float,
-    writes_back: bool,
-    launch: Chain,
+    x: Tensor, states: Tensor | None, slots: Tensor, update: Update, launch: Chain
 ) -> Tensor:
+    """All layers in one launch."""
     rows, d = x.shape
+    A, B = update.A, update.B
     layers, r, _ = A.shape
     assert A.is_contiguous() and B.is_contiguous() and A.dtype == B.dtype == x.dtype
     assert x.stride(1) == 1 and (states is None or states.stride(2) == 1)
@@ -122,8 +114,8 @@ def _chained(
         A,
         B,
         out,
-        scale,
-        beta,
+        update.scale,
+        update.beta,
         layers,
         x.stride(0),
         0 if states is None else states.stride(0),
@@ -132,7 +124,7 @@ def _chained(
         D=d,
         R=r,
         HAS_STATE=states is not None,
-        WRITES_BACK=writes_back,
+        WRITES_BACK=update.writes_back,
         BLOCK_D=power_of_2(d),
         BLOCK_R=launch.block_rank,
         num_warps=launch.warps,
@@ -141,25 +133,18 @@ def _chained(
 
 
 def _linked(
-    x: Tensor,
-    states: Tensor | None,
-    slots: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    beta: float,
-    writes_back: bool,
-    launch: Launch,
+    x: Tensor, states: Tensor | None, slots: Tensor, update: Update, launch: Launch
 ) -> Tensor:
+    """A launch per layer, each with a part of the next layer's A x, after one shrink."""
     # two buffers in turn: no launch reads what it writes
     outs = [torch.empty_like(x) for _ in range(2)]
-    low = shrink(x, A[0], launch)
+    low = shrink(x, update.A[0], launch)
     lows = [low, torch.empty_like(low)]
-    last = len(A) - 1
-    for i in range(len(A)):
+    last = len(update.A) - 1
+    for i in range(last + 1):
         state = None if states is None else states[i]
-        next_a, next_low = (A[i], None) if i == last else (A[i + 1], lows[(i + 1) % 2])
-        rest = (scale, beta, writes_back, outs[i % 2], launch, lows[i % 2], next_low)
-        update(x, state, slots, next_a, B[i], *rest)
-        x = outs[i % 2]
+        following = None if i == last else (update.A[i + 1], lows[(i + 1) % 2])
+        out, low = outs[i % 2], lows[i % 2]
+        launch_update(x, state, slots, update.layer(i), out, launch, low, following)
+        x = out
     return x

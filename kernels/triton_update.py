@@ -20,6 +20,7 @@ from lora_drop_vllm.kernels.heuristics import (
     power_of_2,
     update_launch,
 )
+from lora_drop_vllm.kernels.reference import Update
 
 
 @triton.jit
@@ -185,11 +186,7 @@ def drop_update_triton(
     x: Tensor,
     state: Tensor | None,
     slots: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    beta: float,
-    writes_back: bool,
+    update: Update,
     out: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
@@ -202,9 +199,9 @@ def drop_update_triton(
         out = torch.empty_like(x)
     if x.shape[0] == 0:
         return out
-    launch = launch or update_launch(*x.shape, len(A), x.element_size())
-    low = shrink(x, A, launch) if launch.split else None
-    update(x, state, slots, A, B, scale, beta, writes_back, out, launch, low)
+    launch = launch or update_launch(*x.shape, len(update.A), x.element_size())
+    low = shrink(x, update.A, launch) if launch.split else None
+    launch_update(x, state, slots, update, out, launch, low)
     return out
 
 
@@ -219,27 +216,27 @@ def shrink(x: Tensor, A: Tensor, launch: Launch) -> Tensor:
     return low
 
 
-def update(
+def launch_update(
     x: Tensor,
     state: Tensor | None,
     slots: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    beta: float,
-    writes_back: bool,
+    update: Update,
     out: Tensor,
     launch: Launch,
     low: Tensor | None,
-    next_low: Tensor | None = None,
+    following: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """The update [T, d] into `out`, in one launch.
 
-    Given `low` = A x in parts [parts, T, r], A itself is not read, and `next_low` may be given:
-    A is then that of the layer that follows, and `next_low` takes A out in parts.
+    Args:
+        low: A x in parts [parts, T, r]; A itself is then not read
+        following: with `low` only, the A of the next layer, and where its A x goes in parts
     """
     rows, d = x.shape
-    r = B.shape[1]
+    A, B, r = update.A, update.B, update.B.shape[1]
+    next_low = None
+    if following is not None:
+        A, next_low = following
     assert A.is_contiguous() and B.is_contiguous() and A.dtype == B.dtype == x.dtype
     assert all(t.stride(1) == 1 for t in (x, out, x if state is None else state))
     _update_kernel[(triton.cdiv(rows, launch.block_rows), triton.cdiv(d, launch.block_d))](
@@ -251,14 +248,14 @@ def update(
         x if low is None else low,
         out,
         x if next_low is None else next_low,
-        scale,
-        beta,
+        update.scale,
+        update.beta,
         rows,
         x.stride(0),
         0 if state is None else state.stride(0),
         out.stride(0),
         HAS_STATE=state is not None,
-        WRITES_BACK=writes_back,
+        WRITES_BACK=update.writes_back,
         PARTS=0 if low is None else len(low),
         HAS_NEXT=next_low is not None,
         BLOCK_K=launch.block_k,

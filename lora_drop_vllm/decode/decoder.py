@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_drop_vllm.decode.masks import Span, causal_mask, use_backend
 from lora_drop_vllm.decode.positions import Layout, Schedule, sum_since_full, take
 from lora_drop_vllm.decode.trainable import Adapter
-from lora_drop_vllm.kernels.reference import drop_update, gated_change
+from lora_drop_vllm.kernels.reference import Update, drop_update, gated_change
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
 from lora_drop_vllm.method.reuse import REUSE, Reuse
 from lora_drop_vllm.method.sites import Site
@@ -243,11 +243,7 @@ def through(
         regressor(z, layout, rule),
         None if state is None else state.flatten(0, 1),
         layout.slots,
-        site.A.to(z.dtype),
-        site.B.to(z.dtype),
-        config.scale,
-        rule.beta,
-        writes_back=False,
+        Update(site.A.to(z.dtype), site.B.to(z.dtype), config.scale, rule.beta, writes_back=False),
     ).to(z.dtype)
 
 

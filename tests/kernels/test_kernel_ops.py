@@ -21,6 +21,7 @@ from kernel_cases import (
     make_inputs,
     one_layer,
     triton_state,
+    with_update,
 )
 from torch import Tensor
 
@@ -106,14 +107,14 @@ def test_compact_slots(
 def test_an_empty_batch_is_no_error() -> None:
     given = one_layer(make_inputs(1, 64, 4, torch.float32))
     run = make_inputs(1, 64, 4, torch.float32, layers=2)
-    none = dict(slots=given["slots"][:0], scale=1.0, beta=1.0, writes_back=False)
+    empty, no_slots, states = given["x"][:0], given["slots"][:0], run["states"]
+    none = {"x": empty, "slots": no_slots}
     for update in (reference.drop_update, drop_update):
-        assert update(**given | none | {"x": given["x"][:0]}).shape == (0, 64)
+        assert update(**with_update(given | none)).shape == (0, 64)
     for update in (reference.drop_run, drop_run):
-        assert update(**run | none | {"x": run["x"][:0]}).shape == (0, 64)
-    empty, states = given["x"][:0], run["states"]
-    triton_state.save_stream_triton(empty, empty, states, 0, none["slots"])
-    triton_state.save_changes_triton(empty, empty, states, states[:, 0], none["slots"])
+        assert update(**with_update(run | none)).shape == (0, 64)
+    triton_state.save_stream_triton(empty, empty, states, 0, no_slots)
+    triton_state.save_changes_triton(empty, empty, states, states[:, 0], no_slots)
 
 
 def test_the_launch_table() -> None:
@@ -153,15 +154,19 @@ def op_arguments(name: str) -> tuple[Any, ...]:
     if name.startswith("drop_run"):
         return (x, states, slots, given["A"], given["B"], 0.5, 1.0, x)
     gates = torch.rand(2, 32, device=DEVICE)
+    starts, lens, table = (torch.arange(n, device=DEVICE, dtype=torch.int32) for n in (4, 3, 3))
     return {
         "save_stream": (x, x, states, 1, slots),
         "save_changes": (x, x, states, gates, slots),
+        "compact_slots": (starts, lens, table[:, None], slots.clone(), lens.clone(), 7),
     }[name]
 
 
-@pytest.mark.parametrize("name", ["drop_run", "drop_run_back", "save_stream", "save_changes"])
+@pytest.mark.parametrize("name", ops.OPERATORS)
 def test_operators(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.lora_drop, name).default, op_arguments(name))
+    for device in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_drop::{name}", device)
 
 
 def test_operators_without_state() -> None:
@@ -172,31 +177,59 @@ def test_operators_without_state() -> None:
 def test_operators_take_the_whole_slot_buffer() -> None:
     x, states, slots, A, B, scale, beta, _ = op_arguments("drop_run_back")
     want_states = states.clone()
-    want = reference.drop_run(x, want_states, slots[:3], A, B, scale, beta, True)
+    want = reference.drop_run(x, want_states, slots[:3], reference.Update(A, B, scale, beta, True))
     got = ops.drop_run_back(x, states, slots, A, B, scale, beta, None)
     owned = slots[:3] >= 0
     torch.testing.assert_close(got[owned], want[owned])
     torch.testing.assert_close(states, want_states)
 
 
+@pytest.mark.parametrize("name", ops.OPERATORS)
+def test_both_implementations_of_an_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA gets is Triton, takes the same arguments and does the same; here by hand."""
+
+    def outcome(run: Any) -> list[Tensor]:
+        torch.manual_seed(1)
+        given = op_arguments(name)
+        result = run(*given)
+        if result is not None:  # of rows that own a slot; the others hold no meaning
+            result = result[given[2][: len(result)] >= 0]
+        return [value for value in (*given, result) if isinstance(value, Tensor)]
+
+    operator = ops.OPERATORS[name]
+    want = outcome(operator.cpu)
+    monkeypatch.setattr(reference, operator.kernel, lambda *_: pytest.fail("not by Triton"))
+    torch.testing.assert_close(outcome(operator.cuda), want)
+
+
+def test_triton_is_imported_with_the_first_cuda_tensor() -> None:
+    script = (
+        "import sys, torch\n"
+        "from lora_drop_vllm import kernels\n"
+        "x = torch.ones(1, 4)\n"
+        "states = torch.zeros(1, 1, 4)\n"
+        "kernels.save_stream(x, x, states, 0, torch.zeros(1, dtype=torch.int64))\n"
+        "assert states.tolist() == [[[2.0] * 4]], states\n"
+        "print([name for name in sys.modules if 'kernels.triton' in name])\n"
+        "kernels.ops.triton_kernels()\n"
+        "print('lora_drop_vllm.kernels.triton_run' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["[]", "True"], done.stderr
+
+
 def test_importing_the_triton_kernels_leaves_the_package_functions_alone() -> None:
-    for name in ("drop_update", "drop_run", "save_stream", "save_changes"):
-        assert callable(getattr(kernels, name))
-    assert callable(kernels.compact_slots)
+    ops.triton_kernels()
+    for name in ops.OPERATORS:
+        assert getattr(kernels, name) is getattr(torch.ops.lora_drop, name)
 
 
 @pytest.mark.gpu
-def test_cuda_tensors_take_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_drop_vllm.kernels import triton_run, triton_update
-
-    calls = []
-    for module, name in ((triton_update, "drop_update_triton"), (triton_run, "drop_run_triton")):
-        monkeypatch.setattr(module, name, lambda *args: calls.append(args) or args[0])
-    rest = dict(scale=1.0, beta=1.0, writes_back=False)
-    given = make_inputs(2, 64, 4, torch.float32)
-    kernels.drop_update(**one_layer(given), **rest)
-    kernels.drop_run(**given, **rest)
-    assert len(calls) == 2
+@pytest.mark.parametrize("name", ops.OPERATORS)
+def test_cuda_tensors_take_the_triton_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = ops.OPERATORS[name].kernel
+    monkeypatch.setattr(reference, kernel, lambda *_: pytest.fail("not by Triton"))
+    getattr(kernels, name)(*op_arguments(name))
 
 
 @pytest.mark.gpu
@@ -220,7 +253,7 @@ def test_replaying_a_cuda_graph(T: int, d: int, layers: int) -> None:
         state.copy_(torch.randn_like(state))
         x.copy_(torch.randn_like(x))
         want_state = state.clone()
-        want = reference.drop_run(x, want_state, slots, A, B, 0.5, 0.0, True)
+        want = reference.drop_run(x, want_state, slots, reference.Update(A, B, 0.5, 0.0, True))
         graph.replay()
         owned = slots >= 0
         torch.testing.assert_close(out[owned], want[owned], **TOL[torch.bfloat16])
@@ -231,9 +264,8 @@ def test_replaying_a_cuda_graph(T: int, d: int, layers: int) -> None:
 def test_sanitized_kernels() -> None:
     """Every kernel once, on odd sizes: to be run under compute-sanitizer."""
     given = make_inputs(17, 577, 17, torch.bfloat16, layers=2)
-    rest = dict(scale=0.5, beta=1.0, writes_back=True)
     for launch in RUN_LAUNCHES.values():
-        drop_run(**given, **rest, launch=launch)
+        drop_run(**with_update(given, writes_back=True), launch=launch)
     x, states, slots = given["x"], given["states"], given["slots"]
     triton_state.save_stream_triton(x, x, states, 1, slots)
     triton_state.save_changes_triton(x, x, states, torch.ones_like(states[:, 0]), slots)

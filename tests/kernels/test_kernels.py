@@ -21,11 +21,13 @@ from kernel_cases import (
     make_inputs,
     one_layer,
     with_rules,
+    with_update,
 )
 from torch import Tensor
 
 from lora_drop_vllm.kernels import reference
 from lora_drop_vllm.kernels.heuristics import Chain, Launch
+from lora_drop_vllm.kernels.reference import Update
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +49,10 @@ def test_drop_update_matches_reference(
     given = one_layer(make_inputs(T, d, r, dtype))
     states = [framed(given["state"]) for _ in range(2)]
     out = framed(torch.full((T, d), float("nan"), dtype=dtype))  # an unwritten row must fail
-    rest = dict(slots=given["slots"], A=given["A"], B=given["B"], scale=0.5)
-    rest |= dict(beta=beta, writes_back=writes_back)
-    want = reference.drop_update(given["x"], states[0] if stateful else None, **rest)
-    got = drop_update(
-        given["x"], states[1] if stateful else None, **rest, out=out, launch=LAUNCHES[launch]
-    )
+    arguments = with_update(given, beta=beta, writes_back=writes_back)
+    want = reference.drop_update(**arguments | {"state": states[0] if stateful else None})
+    arguments |= {"state": states[1] if stateful else None}
+    got = drop_update(**arguments, out=out, launch=LAUNCHES[launch])
     owned = given["slots"] >= 0
     assert got is out
     torch.testing.assert_close(got[owned], want[owned], **TOL[dtype])
@@ -78,8 +78,8 @@ def test_drop_update_at_its_largest(
 ) -> None:
     given = one_layer(make_inputs(T, d, r, dtype))
     owned = given["slots"] >= 0
-    want = reference.drop_update(**given, scale=0.5, beta=1.0, writes_back=False)
-    got = drop_update(**given, scale=0.5, beta=1.0, writes_back=False, launch=launch)
+    want = reference.drop_update(**with_update(given))
+    got = drop_update(**with_update(given), launch=launch)
     torch.testing.assert_close(got[owned], want[owned], **TOL[dtype])
 
 
@@ -98,11 +98,11 @@ def test_drop_run_matches_reference(
     for name in ("x", "states"):  # small: one layer's last place must stay below the tolerance
         given[name].mul_(0.25)
     states = [framed(given["states"]) for _ in range(2)]
-    rest = dict(slots=given["slots"], A=given["A"], B=given["B"], scale=0.5)
-    rest |= dict(beta=beta, writes_back=writes_back)
     x = given["x"].clone()
-    want = reference.drop_run(x, states[0] if stateful else None, **rest)
-    got = drop_run(x, states[1] if stateful else None, **rest, launch=RUN_LAUNCHES[launch])
+    arguments = with_update(given | {"x": x}, beta=beta, writes_back=writes_back)
+    want = reference.drop_run(**arguments | {"states": states[0] if stateful else None})
+    arguments |= {"states": states[1] if stateful else None}
+    got = drop_run(**arguments, launch=RUN_LAUNCHES[launch])
     owned = given["slots"] >= 0
     torch.testing.assert_close(got[owned], want[owned], **TOL[dtype])
     torch.testing.assert_close(states[1], states[0], equal_nan=True, **TOL[dtype])
@@ -115,24 +115,23 @@ def test_drop_run_matches_reference(
 @pytest.mark.parametrize("launch", [None, Chain(block_rank=4, warps=16)])
 def test_drop_run_at_its_largest(launch: Chain | None) -> None:
     given = make_inputs(2, 8192, 128, torch.float32, layers=2)
-    rest = dict(scale=0.5, beta=1.0, writes_back=False)
-    want = reference.drop_run(**given, **rest)
-    got = drop_run(**given, **rest, launch=launch)
+    want = reference.drop_run(**with_update(given))
+    got = drop_run(**with_update(given), launch=launch)
     torch.testing.assert_close(got[:1], want[:1], **TOL[torch.float32])
 
 
 @pytest.mark.parametrize("launch", RUN_LAUNCHES)
 def test_rows_may_lie_apart_in_memory(launch: str) -> None:
     given = make_inputs(3, 100, 5, torch.float32, layers=2)
-    rest = dict(scale=0.5, beta=0.0, writes_back=True, launch=RUN_LAUNCHES[launch])
+    rule, by = dict(beta=0.0, writes_back=True), RUN_LAUNCHES[launch]
     wide = {
         name: torch.full((*given[name].shape[:-1], 107), float("nan")) for name in ("x", "states")
     }
     apart = {name: tensor.to(DEVICE)[..., 3:103] for name, tensor in wide.items()}
     for name, tensor in apart.items():
         tensor.copy_(given[name])
-    got = drop_run(**given | apart, **rest)
-    want = drop_run(**given, **rest)
+    got = drop_run(**with_update(given | apart, **rule), launch=by)
+    want = drop_run(**with_update(given, **rule), launch=by)
     owned = given["slots"] >= 0
     assert torch.equal(got[owned], want[owned])
     torch.testing.assert_close(apart["states"], given["states"], equal_nan=True, rtol=0, atol=0)
@@ -141,11 +140,11 @@ def test_rows_may_lie_apart_in_memory(launch: str) -> None:
 def test_a_run_is_a_loop_of_updates_bit_for_bit() -> None:
     given = make_inputs(3, 100, 5, torch.bfloat16, layers=4)
     states = [given["states"].clone() for _ in range(2)]
-    rest = dict(slots=given["slots"], scale=0.5, beta=0.0, writes_back=True)
-    got = reference.drop_run(given["x"], states[0], A=given["A"], B=given["B"], **rest)
+    update = Update(given["A"], given["B"], scale=0.5, beta=0.0, writes_back=True)
+    got = reference.drop_run(given["x"], states[0], given["slots"], update)
     x = given["x"]
     for i in range(4):
-        x = reference.drop_update(x, states[1][i], A=given["A"][i], B=given["B"][i], **rest)
+        x = reference.drop_update(x, states[1][i], given["slots"], update.layer(i))
     owned = given["slots"] >= 0
     assert torch.equal(got[owned], x[owned])
     assert torch.equal(states[0].nan_to_num(), states[1].nan_to_num())
@@ -165,9 +164,9 @@ def test_every_layer_of_a_run_is_rounded_once(launch: str) -> None:
     given = dict(x=integers(60, T, d), states=integers(60, layers, T, d))
     given |= dict(A=few_ones(layers, r, d), B=few_ones(layers, d, r))
     given |= dict(slots=torch.arange(T, device=DEVICE))
-    rest = dict(scale=0.125, beta=1.0, writes_back=False)
-    want = reference.drop_run(**given, **rest)
-    assert torch.equal(drop_run(**given, **rest, launch=RUN_LAUNCHES[launch]), want)
+    arguments = with_update(given, scale=0.125)
+    want = reference.drop_run(**arguments)
+    assert torch.equal(drop_run(**arguments, launch=RUN_LAUNCHES[launch]), want)
     x = given["x"].float()
     for i in range(layers):  # not rounded in between, the result is another
         low = x @ given["A"][i].float().T
@@ -183,7 +182,7 @@ def test_the_sum_is_rounded_once() -> None:
         + given["state"][given["slots"]].double()
         + 0.5 * given["x"].double() @ given["A"].double().T @ given["B"].double().T
     )
-    got = reference.drop_update(**given, scale=0.5, beta=1.0, writes_back=False)
+    got = reference.drop_update(**with_update(given))
     assert torch.equal(got, exact.to(torch.bfloat16))
 
 
@@ -195,7 +194,7 @@ def test_low_is_not_rounded(dtype: torch.dtype, launch: str) -> None:
     given["B"] = torch.ones_like(given["B"])
     low = given["x"].double() @ given["A"].double().T
     given["state"][given["slots"]] = -low.to(dtype).expand(1, 128)
-    got = drop_update(**given, scale=1.0, beta=0.0, writes_back=False, launch=LAUNCHES[launch])
+    got = drop_update(**with_update(given, scale=1.0, beta=0.0), launch=LAUNCHES[launch])
     left = (low - low.to(dtype).double()).expand(1, 128)
     assert left.abs().min() > 0
     torch.testing.assert_close(got.double(), left, rtol=1e-2, atol=1e-6)
@@ -205,5 +204,7 @@ def test_low_is_not_rounded(dtype: torch.dtype, launch: str) -> None:
 def test_two_runs_agree_bit_for_bit(launch: str) -> None:
     given = make_inputs(3, 100, 17, torch.float32, layers=2)
     owned = given["slots"] >= 0
-    rest = dict(scale=0.5, beta=1.0, writes_back=False, launch=RUN_LAUNCHES[launch])
-    assert torch.equal(drop_run(**given, **rest)[owned], drop_run(**given, **rest)[owned])
+    first, again = (
+        drop_run(**with_update(given), launch=RUN_LAUNCHES[launch])[owned] for _ in range(2)
+    )
+    assert torch.equal(first, again)

@@ -65,6 +65,7 @@ def spilled_bytes(ptx: str, capability: int) -> int:
 
 def launch_all(dtype: torch.dtype, rows: int, d: int, r: int, layers: int, rule: str) -> None:
     """A LoRA step and a full step of one run of drop layers."""
+    from lora_drop_vllm.kernels.reference import Update
     from lora_drop_vllm.kernels.triton_run import drop_run_triton
     from lora_drop_vllm.kernels.triton_state import save_changes_triton, save_stream_triton
     from lora_drop_vllm.method.reuse import REUSE
@@ -75,7 +76,7 @@ def launch_all(dtype: torch.dtype, rows: int, d: int, r: int, layers: int, rule:
     A, B = torch.empty(layers, r, d, dtype=dtype), torch.empty(layers, d, r, dtype=dtype)
     of = REUSE[rule]
     kept = states if of.keeps_state else None
-    drop_run_triton(x, kept, slots, A, B, 0.5, of.beta, of.writes_back)
+    drop_run_triton(x, kept, slots, Update(A, B, 0.5, of.beta, of.writes_back))
     save_stream_triton(x, x, states, 0, slots)
     save_changes_triton(x, x, states, states[:, 0].contiguous(), slots)
 

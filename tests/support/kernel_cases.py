@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_drop_vllm.kernels.heuristics import Chain, Launch
+from lora_drop_vllm.kernels.reference import Update
 
 drop_update = pytest.importorskip("lora_drop_vllm.kernels.triton_update").drop_update_triton
 drop_run = pytest.importorskip("lora_drop_vllm.kernels.triton_run").drop_run_triton
@@ -89,6 +90,14 @@ def one_layer(given: dict[str, Any]) -> dict[str, Any]:
         A=given["A"][0],
         B=given["B"][0],
     )
+
+
+def with_update(
+    given: dict[str, Any], scale: float = 0.5, beta: float = 1.0, writes_back: bool = False
+) -> dict[str, Any]:
+    """A kernel's arguments: A and B as part of an update."""
+    rest = {name: value for name, value in given.items() if name not in ("A", "B")}
+    return rest | {"update": Update(given["A"], given["B"], scale, beta, writes_back)}
 
 
 @pytest.fixture(autouse=True)
