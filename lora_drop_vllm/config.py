@@ -16,6 +16,7 @@ from lora_drop_vllm.method.layers import (
     num_drop_layers,
 )
 from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
+from lora_drop_vllm.method.schedule import PROMPTS
 
 HELP = (
     'pass --additional-config \'{"lora_drop": {"adapter": "DIR"}}\', or for a speed test without '
@@ -34,7 +35,8 @@ class LoRADropConfig:
     Attributes:
         adapter: adapter folder, or None for B = 0 and g = 1 (`untrained`)
         rank, scale: r and alpha / r
-        request_k: whether a request may bring a k of its own
+        prompts: `wait` or `now`, whether arriving prompts wait for the next full step
+        least_k: the lowest k that a request may bring; None where it may bring none
     """
 
     adapter: str | None
@@ -47,7 +49,8 @@ class LoRADropConfig:
     injection: str
     rank: int
     scale: float
-    request_k: bool = True
+    prompts: str = PROMPTS[0]
+    least_k: int | None = 0
 
     @property
     def rho(self) -> float:
@@ -85,6 +88,7 @@ _KEYS = (
     "kv",
     "injection",
     "r",
+    "prompts",
     "request_k",
 )
 _UNTRAINED_ONLY = ("injection", "r")
@@ -146,7 +150,7 @@ def _resolve_untrained(
         injection=merged["injection"],
         rank=merged["r"],
         scale=1.0,
-        request_k=settings.get("request_k", True),
+        **_for_requests(settings, merged["k"]),
     )
 
 
@@ -171,19 +175,31 @@ def _resolve_adapter(settings: Mapping[str, Any], model: BaseModel) -> LoRADropC
             f"{adapter.reuse!r}) lacks; use another rule or an adapter trained with {reuse!r}."
         )
     layers = _drop_layers(settings, model, adapter.drop_layers, "the adapter's drop layers")
+    k = settings.get("k", adapter.k)
     return LoRADropConfig(
         adapter=str(folder.resolve()),
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
         drop_layers=tuple(adapter.drop_layers if layers is None else layers),
-        k=settings.get("k", adapter.k),
+        k=k,
         reuse=reuse,
         kv=settings.get("kv", adapter.kv),
         injection=adapter.injection,
         rank=adapter.r,
         scale=adapter.scale,
-        request_k=settings.get("request_k", True),
+        **_for_requests(settings, k),
     )
+
+
+def _for_requests(settings: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """What an operator decides for all requests: `prompts`, and `request_k` as `least_k`."""
+    allowed = settings.get("request_k", True)
+    least = allowed["min"] if isinstance(allowed, Mapping) else 0 if allowed else None
+    if least is not None and not 0 <= least <= k:
+        raise LoRADropConfigError(
+            f"lora_drop.request_k={shown(allowed)}: expected a floor from 0 to {k}, the served k."
+        )
+    return {"prompts": settings.get("prompts", PROMPTS[0]), "least_k": least}
 
 
 def _drop_layers(
@@ -235,6 +251,9 @@ def _check_types(settings: Mapping[str, Any]) -> None:
     def layer_list(value: Any) -> bool:
         return isinstance(value, list) and all(map(is_int, value)) and len(set(value)) == len(value)
 
+    def is_floor(value: Any) -> bool:
+        return isinstance(value, Mapping) and [*value] == ["min"] and is_int(value["min"])
+
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
         "adapter": (lambda v: isinstance(v, str) and bool(v), "the path of an adapter folder"),
         "untrained": (lambda v: isinstance(v, bool), "true or false"),
@@ -252,9 +271,11 @@ def _check_types(settings: Mapping[str, Any]) -> None:
         "kv": (lambda v: v in KV_MODES, f"one of {', '.join(KV_MODES)}"),
         "injection": (lambda v: isinstance(v, str) and v in SITES, f"one of {', '.join(SITES)}"),
         "r": (lambda v: is_int(v) and v >= 1, "a rank of at least 1"),
+        "prompts": (lambda v: v in PROMPTS, f"one of {', '.join(PROMPTS)}"),
         "request_k": (
-            lambda v: isinstance(v, bool),
-            "true or false (whether a request may lower its own k by lora_drop_k)",
+            lambda v: isinstance(v, bool) or is_floor(v),
+            'true or false (whether a request may lower its own k by lora_drop_k), or {"min": N}, '
+            "the lowest k that it may bring",
         ),
     }
     for key, value in settings.items():
