@@ -17,6 +17,7 @@ from lora_drop_vllm.method.layers import (
     num_drop_layers,
 )
 from lora_drop_vllm.method.reuse import REUSE
+from lora_drop_vllm.method.schedule import PROMPTS
 from lora_drop_vllm.method.sites import AdapterSites
 
 MODEL_IMPL = "lora_drop"  # the value of --model-impl
@@ -38,7 +39,8 @@ class LoRADropConfig:
     Attributes:
         adapter: adapter folder, or None for B = 0 and g = 1 (`untrained`)
         rank, scale: r and alpha / r
-        request_k: whether a request may bring a k of its own
+        prompts: `wait` or `now`, whether arriving prompts wait for the next full step
+        least_k: the lowest k that a request may bring; None where it may bring none
     """
 
     adapter: str | None
@@ -51,7 +53,8 @@ class LoRADropConfig:
     injection: str
     rank: int
     scale: float
-    request_k: bool = True
+    prompts: str = PROMPTS[0]
+    least_k: int | None = 0
 
     @property
     def rho(self) -> float:
@@ -105,13 +108,13 @@ class _Setting:
     of_adapter: bool = False
 
 
-def _yes_or_no(meaning: str = "") -> Allowed:
-    return Allowed(bool, f"true or false{meaning}", lambda value: True)
+def _is_floor(value: Any) -> bool:
+    return isinstance(value, Mapping) and [*value] == ["min"] and value["min"] in ALLOWED["k"]
 
 
 _SETTINGS = {
     "adapter": _Setting(Allowed(str, "the path of an adapter folder", bool)),
-    "untrained": _Setting(_yes_or_no()),
+    "untrained": _Setting(Allowed(bool, "true or false", lambda value: True)),
     "k": _Setting(ALLOWED["k"], untrained=3),
     "rho": _Setting(ALLOWED["rho"], untrained=0.5),
     "layers": _Setting(Allowed.one_of(CHOICES)),
@@ -122,7 +125,15 @@ _SETTINGS = {
     "r": _Setting(
         Allowed(int, "a rank of at least 1", lambda r: r >= 1), untrained=16, of_adapter=True
     ),
-    "request_k": _Setting(_yes_or_no(" (whether a request may lower its own k by lora_drop_k)")),
+    "prompts": _Setting(Allowed.one_of(PROMPTS)),
+    "request_k": _Setting(
+        Allowed(
+            object,
+            'true or false (whether a request may lower its own k by lora_drop_k), or {"min": N}, '
+            "the lowest k that it may bring",
+            lambda value: isinstance(value, bool) or _is_floor(value),
+        )
+    ),
 }
 
 
@@ -186,7 +197,7 @@ def _resolve_untrained(
         injection=merged["injection"],
         rank=merged["r"],
         scale=1.0,
-        request_k=settings.get("request_k", True),
+        **_for_requests(settings, merged["k"]),
     )
 
 
@@ -211,19 +222,31 @@ def _resolve_adapter(settings: Mapping[str, Any], model: BaseModel) -> LoRADropC
             f"{adapter.reuse!r}) lacks; use another rule or an adapter trained with {reuse!r}."
         )
     layers = _drop_layers(settings, model, adapter.drop_layers, "the adapter's drop layers")
+    k = settings.get("k", adapter.k)
     return LoRADropConfig(
         adapter=str(folder.resolve()),
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
         drop_layers=tuple(adapter.drop_layers if layers is None else layers),
-        k=settings.get("k", adapter.k),
+        k=k,
         reuse=reuse,
         kv=settings.get("kv", adapter.kv),
         injection=adapter.injection,
         rank=adapter.r,
         scale=adapter.scale,
-        request_k=settings.get("request_k", True),
+        **_for_requests(settings, k),
     )
+
+
+def _for_requests(settings: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """What an operator decides for all requests: `prompts`, and `request_k` as `least_k`."""
+    allowed = settings.get("request_k", True)
+    least = allowed["min"] if isinstance(allowed, Mapping) else 0 if allowed else None
+    if least is not None and not 0 <= least <= k:
+        raise LoRADropConfigError(
+            f"lora_drop.request_k={shown(allowed)}: expected a floor from 0 to {k}, the served k."
+        )
+    return {"prompts": settings.get("prompts", PROMPTS[0]), "least_k": least}
 
 
 def _drop_layers(

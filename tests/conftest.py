@@ -92,7 +92,8 @@ def serve() -> Iterator[Serve]:
 def dry(models: dict[str, Path]) -> Callable[..., Any]:
     """`dry(**setup)` starts an engine that keeps books in the place of a model."""
     pytest.importorskip("vllm")
-    from dry_engine import DryEngine, Setup, prepare
+    from dry_engine import DryEngine
+    from dry_scheduler import Setup, prepare
 
     config = prepare(models["llama"])
     plain: dict[str, Any] = dict(
@@ -107,6 +108,7 @@ def dry(models: dict[str, Path]) -> Callable[..., Any]:
         async_scheduling=False,
         prefix_caching=True,
         policy="fcfs",
+        prompts="wait",
     )
     return lambda **setup: DryEngine(config, Setup(**(plain | setup)))
 

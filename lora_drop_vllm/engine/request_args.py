@@ -21,25 +21,27 @@ from lora_drop_vllm.method.adapter_folder import shown
 ARGUMENT = "lora_drop_k"
 
 
-def request_k(extra_args: Mapping[str, Any] | None, served_k: int, allowed: bool = True) -> int:
+def request_k(extra_args: Mapping[str, Any] | None, served_k: int, least: int | None = 0) -> int:
     """The k of one request: its `lora_drop_k`, or else the served k.
 
     Args:
-        allowed: the setting `request_k`, whether a request may bring a k at all
+        least: the lowest k that a request may bring; None where it may bring none
 
     Raises:
-        ValueError: not an integer from 0 to the served k, or not allowed.
+        ValueError: not an integer from `least` to the served k, or not allowed.
     """
     value = (extra_args or {}).get(ARGUMENT, served_k)
-    if not allowed and ARGUMENT in (extra_args or {}):
+    if least is None and ARGUMENT in (extra_args or {}):
         raise ValueError(
             f"vllm_xargs.{ARGUMENT}={shown(value)}: this server was started with "
             "lora_drop.request_k=false, k is the same for all requests; leave it out."
         )
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= served_k:
+    floor = least or 0
+    if not isinstance(value, int) or isinstance(value, bool) or not floor <= value <= served_k:
+        what = f'lora_drop.request_k={{"min": {floor}}}' if floor else "every step runs all layers"
         raise ValueError(
-            f"vllm_xargs.{ARGUMENT}={shown(value)}: expected an integer from 0 (every step runs "
-            f"all layers) to {served_k}, the k this server was started with."
+            f"vllm_xargs.{ARGUMENT}={shown(value)}: expected an integer from {floor} ({what}) to "
+            f"{served_k}, the k this server was started with."
         )
     return value
 
@@ -67,7 +69,7 @@ def install() -> None:
             if isinstance(params, SamplingParams):
                 served = self.vllm_config.additional_config[SETTINGS]
                 try:
-                    request_k(params.extra_args, served["k"], served["request_k"])
+                    request_k(params.extra_args, served["k"], served["least_k"])
                 except ValueError as error:
                     raise VLLMValidationError(str(error), parameter=ARGUMENT) from error
         return original(self, request_id, prompt, params, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -11,7 +12,14 @@ from lora_drop_vllm.engine import metrics
 from lora_drop_vllm.engine.activation import active_config
 from lora_drop_vllm.engine.kv_cache import DropLayerManager, allow_partial_prefix_hits
 from lora_drop_vllm.engine.request_args import request_k
-from lora_drop_vllm.method.schedule import PhaseTracker, Scheduled, StepPlan, StepTotals
+from lora_drop_vllm.method.schedule import (
+    PhaseTracker,
+    Scheduled,
+    StepPlan,
+    StepTotals,
+    longest_wait,
+    prompts_wait,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -25,7 +33,8 @@ PLAN_ATTRIBUTE = "lora_drop"  # on every SchedulerOutput; pickled to the workers
 class LoRADropScheduler(AsyncScheduler):
     """vLLM's scheduler, plus the cycle of full and LoRA steps.
 
-    What is scheduled, and when, is vLLM's own decision; the kind of the step follows from it.
+    What is scheduled is vLLM's own decision, and the kind of the step follows from it. Only when
+    prompts are scheduled is asked of `method/schedule.py` first (`prompts: wait`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -33,6 +42,8 @@ class LoRADropScheduler(AsyncScheduler):
         self.lora_drop = active_config(self.vllm_config)
         self.tracker = PhaseTracker(self.max_num_running_reqs, self.lora_drop.kv_skips)
         self._reported = StepTotals()
+        self._waited = 0  # steps that deferred prompts, since all prompts were last taken
+        self._defers = False  # the step at hand does
         self.drop_managers = [
             manager
             for manager in self.kv_cache_manager.coordinator.single_type_managers
@@ -44,6 +55,45 @@ class LoRADropScheduler(AsyncScheduler):
             for manager in self.kv_cache_manager.coordinator.single_type_managers:
                 manager.tracker = self.tracker
             allow_partial_prefix_hits(self.kv_cache_manager.coordinator)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Schedule a step; prompts are deferred to the next full step where that is asked for."""
+        self._defers = self._prompts_wait()
+        output = super().schedule(throttle_prefills or self._defers)
+        if self._defers:
+            self._waited += 1
+        elif not self.get_request_counts()[1]:
+            self._waited = 0
+        return output
+
+    def _prompts_wait(self) -> bool:
+        if self.lora_drop.prompts == "now" or self.prefill_capacity_bound:
+            return False
+        if not self.get_request_counts()[1]:
+            return False
+        running = [
+            self.tracker.phase(r.request_id, in_prompt=r.is_prefill_chunk)
+            for r in self.running
+            if r.is_prefill_chunk or not self._ends(r)
+        ]
+        return prompts_wait(
+            running, self._waited, longest_wait(self.lora_drop.k, self._prompts_fit())
+        )
+
+    def _ends(self, request: Request) -> bool:
+        """Tells whether a request's last token is under way, so that no step schedules it again."""
+        end = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        return request.num_tokens + request.num_output_placeholders >= end
+
+    def _prompts_fit(self) -> bool:
+        """Tells whether one step takes all waiting prompts whole (prefix hits not counted)."""
+        room = self.max_num_scheduled_tokens - len(self.running)
+        threshold = self.scheduler_config.long_prefill_token_threshold or room
+        for request in chain(self.kv_holding_waiting, self.waiting):
+            room -= request.num_tokens
+            if room < 0 or request.num_tokens > threshold:
+                return False
+        return True
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         # before super(), which moves num_computed_tokens past this step
@@ -60,18 +110,22 @@ class LoRADropScheduler(AsyncScheduler):
         return self.tracker.advance(scheduled)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        """vLLM's prefix hit; none where the copy of a shared block could never find room.
+        """vLLM's prefix hit; none for a prompt that has to wait or can never copy a shared block.
 
-        A hit that ends inside a block takes one block more than the request itself, for good
-        when the pool was made for one request of this length.
+        Where all but the last token is found, vLLM would schedule it with the decodes even in a
+        step that defers prompts. A hit that ends inside a block takes one block more than the
+        request itself, for good when the pool was made for one request of this length.
         """
+        no_hit = self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+        if self._defers:
+            return no_hit
         hit = super()._get_local_prefix_cache_hit(request)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         needed = sum(
             -(-request.num_tokens // m.block_size) + (hit[1] % m.block_size > 0) for m in managers
         )
         if hit[1] and needed > self.kv_cache_manager.block_pool.num_gpu_blocks - 1:
-            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+            return no_hit
         return hit
 
     def _k(self, request: Request) -> int:

@@ -37,6 +37,8 @@ SEAMS: tuple[Seam, ...] = (
         "scheduler.py",
         ("scheduler_output",),
     ),
+    Seam("vllm.v1.core.sched.scheduler:Scheduler.schedule", "scheduler.py", ("throttle_prefills",)),
+    Seam("vllm.v1.core.sched.scheduler:Scheduler.get_request_counts", "scheduler.py"),
     Seam(
         "vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks", "scheduler.py", ("request",)
     ),

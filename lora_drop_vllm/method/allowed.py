@@ -38,7 +38,7 @@ class Allowed:
 
     def __contains__(self, value: object) -> bool:
         kinds = (int, float) if self.kind is float else self.kind
-        if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind in (int, float)):
             return False
         return self.holds(value)
 

@@ -7,8 +7,11 @@ feeds it what was scheduled and sends the resulting `StepPlan` to the workers.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+
+PROMPTS = ("wait", "now")  # what arriving prompts do: wait for the next full step, or make one
+CHUNKED_WAIT = 2  # steps; the fewest that a prompt of several chunks takes
 
 
 class StepKind(enum.Enum):
@@ -34,6 +37,33 @@ def step_kind(requests: Iterable[RequestPhase]) -> StepKind:
     """
     due = any(r.has_prompt_tokens or r.phase >= r.k for r in requests)
     return StepKind.FULL if due else StepKind.LORA
+
+
+def prompts_wait(running: Collection[RequestPhase], waited: int, most: int) -> bool:
+    """Tells whether waiting prompts leave the coming step to the running requests.
+
+    They do while it is a LoRA step without them. A prompt that has begun makes the step full, so
+    the others join it; so do they when a request is due for a refresh, or when nobody decodes.
+
+    Args:
+        running: the requests that the step schedules, besides those that wait
+        waited: steps that the longest waiting prompt has been left out of
+        most: steps that it may be left out of (`longest_wait`)
+    """
+    return bool(running) and waited < most and step_kind(running) is StepKind.LORA
+
+
+def longest_wait(k: int, fits: bool) -> int:
+    """The most steps that a prompt waits for a full step: k, and less where it needs several steps.
+
+    A prompt of n > 1 chunks takes n full steps once it has begun. After at most two LoRA steps
+    of waiting that makes no more than 2 n steps, of which none is longer than those n.
+
+    Args:
+        k: the served k
+        fits: whether one step takes all waiting prompts whole
+    """
+    return k if fits else min(k, CHUNKED_WAIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +160,11 @@ class PhaseTracker:
         """End of the positions computed as a prompt; `default` before the request's admission."""
         tracked = self._tracked.get(request_id)
         return tracked.prompt_end if tracked else default
+
+    def phase(self, request_id: str, *, in_prompt: bool) -> RequestPhase:
+        """What a running request brings to the coming step; `in_prompt`: a chunk of its prompt."""
+        tracked = self._tracked[request_id]
+        return RequestPhase(in_prompt, tracked.phase, tracked.k)
 
     def advance(self, scheduled: Iterable[Scheduled]) -> StepPlan:
         """Decide the kind of a step, plan its rows and move every request's phase on."""

@@ -40,12 +40,13 @@ def setups(draw: st.DrawFn) -> dict[str, Any]:
         block_sizes=(draw(block), draw(block)),
         spare_blocks=draw(st.just(0) | st.integers(0, 3) | st.integers(0, 30)),
         max_model_len=draw(st.integers(8, 64)),
-        max_num_seqs=draw(st.integers(1, 6)),
-        max_num_batched_tokens=draw(st.integers(6, 64)),
+        max_num_seqs=draw(st.integers(1, 6) | st.just(16)),
+        max_num_batched_tokens=draw(st.integers(16, 64)),
         long_prefill_token_threshold=draw(st.sampled_from([0, 0, 1, 5])),
         async_scheduling=draw(st.booleans()),
         prefix_caching=draw(st.sampled_from([True, True, False])),
         policy=draw(st.sampled_from(["fcfs", "fcfs", "priority"])),
+        prompts=draw(st.sampled_from(["wait", "wait", "now"])),
     )
 
 
@@ -84,6 +85,14 @@ class Life(RuleBasedStateMachine):
         for n in range(twins):
             name = self.engine.add(prompt, max_tokens, None if k is None else min(k, setup.k), n)
             self.asked[name] = (prompt, max_tokens)
+
+    @rule(prompts=st.lists(st.lists(st.integers(3, 4), min_size=1, max_size=7), max_size=6))
+    def join(self, prompts: list[list[int]]) -> None:
+        """Short prompts that come one by one, while others decode."""
+        for prompt in prompts:
+            name = self.engine.add(prompt, 20)
+            self.asked[name] = (prompt, 20)
+            self.step(len(prompt), False)
 
     @rule(count=st.integers(1, 25), wait=st.booleans())
     def step(self, count: int, wait: bool) -> None:
@@ -151,17 +160,18 @@ class Life(RuleBasedStateMachine):
                 assert engine.sent[name] == answer(prompt, most)
         totals = engine.scheduler.tracker.totals
         assert [totals.kv_slots_written, totals.kv_slots_skipped] == engine.slots
-        assert totals.full_steps + totals.lora_steps == engine.num_steps
+        assert totals.full_steps + totals.lora_steps == len(engine.kinds)
         self.seen.update(
-            steps=engine.num_steps,
+            steps=len(engine.kinds),
             lives=1,
             requests=len(self.asked),
             lora_steps=totals.lora_steps,
             preemptions=engine.num_preemptions,
             cached_tokens=engine.num_cached,
             aborts=len(self.aborted),
+            deferred=engine.num_deferred,
         )
-        self.bar.update(engine.num_steps)
+        self.bar.update(len(engine.kinds))
 
 
 def answer(prompt: list[int], most: int) -> list[int]:
@@ -196,7 +206,7 @@ def test_random_lives_keep_the_rules(
             number += 1
         bar.close()
         print(f"\n{dict(seen)}, seeds {first_seed} to {number - 1}")
-    for what in ("lora_steps", "preemptions", "cached_tokens", "aborts"):
+    for what in ("lora_steps", "preemptions", "cached_tokens", "aborts", "deferred"):
         assert seen[what] > STEPS // 200, f"hardly any {what}: little was tested"
     for what, count in seen.items():
         record_property(what, count)

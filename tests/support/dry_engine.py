@@ -6,107 +6,18 @@ written into each KV block, and holds every plan to a second statement of the ru
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
+from dry_scheduler import Setup, make_scheduler
 from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import (
-    get_request_block_hasher,
-    init_none_hash,
-    resolve_kv_cache_block_sizes,
-)
-from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from lora_drop_vllm.engine.kv_cache import AlwaysOnSpec, DropLayerSpec
-from lora_drop_vllm.engine.scheduler import LoRADropScheduler
-
 EOS = 2
-
-
-@dataclass(frozen=True)
-class Setup:
-    """One engine: the settings of LoRA-Drop, the pool, and vLLM's scheduler."""
-
-    kv: str
-    k: int
-    block_sizes: tuple[int, int]  # tokens per block of the always-on and of the drop layers
-    spare_blocks: int  # beyond what one request of max_model_len takes
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    long_prefill_token_threshold: int
-    async_scheduling: bool
-    prefix_caching: bool
-    policy: str
-
-    @property
-    def group_sizes(self) -> tuple[int, ...]:
-        return self.block_sizes if self.kv == "skip" else self.block_sizes[:1]
-
-    @property
-    def num_blocks(self) -> int:
-        longest = sum(-(-self.max_model_len // size) for size in self.group_sizes)
-        return 1 + longest + self.spare_blocks  # the first is vLLM's null block
-
-
-def prepare(model: Path) -> Any:
-    """vLLM's config of a model served with LoRA-Drop, and what an engine core does but once."""
-    config = EngineArgs(
-        str(model),
-        model_impl="lora_drop",
-        additional_config={"lora_drop": {"untrained": True}},
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-    ).create_engine_config()
-    register_all_kvcache_specs(config)
-    init_none_hash(sha256)
-    return config
-
-
-def make_scheduler(vllm_config: Any, setup: Setup) -> tuple[Any, Any]:
-    """The scheduler an engine core would build, and its hasher of token blocks."""
-    config = copy.copy(vllm_config)
-    config.model_config = copy.copy(config.model_config)
-    config.scheduler_config = copy.copy(config.scheduler_config)
-    config.cache_config = copy.copy(config.cache_config)
-    config.model_config.max_model_len = setup.max_model_len
-    for name in ("max_num_seqs", "max_num_batched_tokens", "async_scheduling", "policy"):
-        setattr(config.scheduler_config, name, getattr(setup, name))
-    config.scheduler_config.long_prefill_token_threshold = setup.long_prefill_token_threshold
-    config.cache_config.enable_prefix_caching = setup.prefix_caching
-    config.cache_config.num_gpu_blocks = setup.num_blocks
-    config.cache_config.block_size = setup.block_sizes[0]
-    settings = config.additional_config["lora_drop"] | {"k": setup.k, "kv": setup.kv}
-    config.additional_config = {"lora_drop": settings}
-    kinds = (AlwaysOnSpec, DropLayerSpec) if setup.kv == "skip" else (FullAttentionSpec,)
-    plain: dict[str, Any] = dict(num_kv_heads=1, head_size=8, dtype=torch.float32)
-    groups = [
-        KVCacheGroupSpec([kind.__name__], kind(block_size=size, **plain))
-        for kind, size in zip(kinds, setup.group_sizes)
-    ]
-    kv_cache_config = KVCacheConfig(setup.num_blocks, [], groups)
-    block_size, hash_block_size = resolve_kv_cache_block_sizes(kv_cache_config, config)
-    scheduler = LoRADropScheduler(
-        vllm_config=config,
-        kv_cache_config=kv_cache_config,
-        structured_output_manager=SimpleNamespace(accept_tokens=lambda request, tokens: True),
-        block_size=block_size,
-        hash_block_size=hash_block_size,
-        log_stats=False,
-    )
-    return scheduler, get_request_block_hasher(hash_block_size, sha256)
 
 
 @dataclass
@@ -118,6 +29,7 @@ class Books:
         chain: identity of the tokens up to each position
         prompt_end: positions below it are computed as a prompt
         written: per KV group, the identities of the tokens in the request's list
+        deferred: steps that the request was kept waiting for a full one
     """
 
     tokens: list[int]
@@ -128,6 +40,7 @@ class Books:
     phase: int = 0
     written: list[list[int]] = field(default_factory=list)
     table: list[list[int]] = field(default_factory=list)
+    deferred: int = 0
 
     def identify(self, end: int) -> None:
         """Extend `chain` to positions below `end`."""
@@ -146,7 +59,10 @@ class DryEngine:
 
     Attributes:
         sent: what each request's client got so far
-        num_steps, num_preemptions, num_cached: seen so far
+        kinds: of the steps so far
+        num_preemptions, num_cached: seen so far
+        num_deferred: steps so far that kept a prompt waiting
+        longest_wait: steps that a prompt may be kept waiting
     """
 
     def __init__(self, vllm_config: Any, setup: Setup) -> None:
@@ -159,7 +75,9 @@ class DryEngine:
         self.sent: dict[str, list[int]] = {}
         self.in_flight: deque[tuple[Any, Any]] = deque()
         self.numbers = itertools.count()
-        self.num_steps = self.num_preemptions = self.num_cached = 0
+        self.kinds: list[str] = []
+        self.num_preemptions = self.num_cached = self.num_deferred = 0
+        self.longest_wait = setup.k
         self.slots = [0, 0]  # written, skipped
 
     @property
@@ -190,9 +108,10 @@ class DryEngine:
 
         `wait` makes an asynchronous engine's output come at once, too.
         """
+        before = self.waiting()
         output = self.scheduler.schedule()
-        if output.total_num_scheduled_tokens:
-            self.num_steps += 1
+        if self.scheduler.deferred:
+            self._check_deferral(before & self.waiting(), output)
         self.in_flight.append((output, self._run(output)))
         ahead = self.setup.async_scheduling and output.total_num_scheduled_tokens and not wait
         while len(self.in_flight) > bool(ahead):
@@ -202,12 +121,29 @@ class DryEngine:
         for name in self.books.keys() - self.scheduler.requests.keys():
             del self.books[name]
 
+    def waiting(self) -> set[str]:
+        """Requests that no step has taken yet, or that were preempted."""
+        return self.books.keys() - {request.request_id for request in self.scheduler.running}
+
+    def _check_deferral(self, names: set[str], output: Any) -> None:
+        """The rule about prompts that wait, in a step that left these out."""
+        assert self.setup.prompts == "wait"
+        assert output.num_scheduled_tokens or output.preempted_req_ids, "nobody decodes"
+        short = all(len(self.books[r.req_id].tokens) == 1 for r in output.scheduled_new_reqs)
+        assert short and not output.scheduled_cached_reqs.resumed_req_ids, "a prompt went ahead"
+        assert output.lora_drop.kind.value == "lora" or output.scheduled_new_reqs
+        self.num_deferred += bool(names)
+        for name in names:
+            self.books[name].deferred += 1
+            assert self.books[name].deferred <= self.longest_wait, "waited too long"
+
     def _run(self, output: Any) -> ModelRunnerOutput:
         for copied in output.kv_cache_block_copies or ():
             self.memory[copied.dst_block_id] = list(self.memory[copied.src_block_id])
         at = self._take_over(output)
         kind = output.lora_drop.kind.value
         assert kind == self._expected_kind(at, output.num_scheduled_tokens)
+        self.kinds += [kind] if at else []
         for name, count in output.num_scheduled_tokens.items():
             books = self.books[name]
             row = output.lora_drop.rows[name]
@@ -242,6 +178,7 @@ class DryEngine:
         books = self.books[name]
         books.tokens = list(self.scheduler.requests[name].all_token_ids)
         books.prompt_end, books.phase, books.computed = len(books.tokens), 0, hit
+        books.deferred = 0
         del books.chain[:]
         books.identify(hit)
         books.table = [list(table) for table in blocks]
