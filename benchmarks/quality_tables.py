@@ -1,4 +1,4 @@
-"""Render the newest quality records into docs/quality.md, as tables and figures.
+"""Renders the newest quality records into docs/quality.md, as tables and figures.
 
 python benchmarks/quality_tables.py
 """
@@ -121,7 +121,7 @@ def sections() -> list[str]:
     choice = fitted(rho=0.25, k=3, layers=None)
     injection = fitted(rho=0.5, k=2, injection=None)
     drop = ("drop layers", _drop_layers)
-    lines = ["### Adapters that come with the package", ""]
+    lines = ["### Adapters of this repository", ""]
     lines += table(last_of_each(finished()), [setting("adapter"), drop, *QUALITY])
     lines += ["", "### Questions answered under the schedule", ""]
     lines += _questions(last_of_each(asked))
