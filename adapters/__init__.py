@@ -1,1 +1,1 @@
-"""Adapters that come with the package, one folder each by model; README.md says what they are."""
+"""Trained adapters, one folder each by model; the demo's is the one that is installed."""

@@ -1,4 +1,4 @@
-"""Render the newest quality records into docs/quality.md, as tables and figures.
+"""Renders the newest quality records into docs/quality.md, as tables and figures.
 
 python benchmarks/quality_tables.py
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from support import record
+from support.quality_records import finished, fitted, last_of_each
 
 from lora_drop_vllm.evaluation.significance import Comparison, MeanLoss
 from lora_drop_vllm.method.cost import kv_saving
@@ -18,8 +19,6 @@ from lora_drop_vllm.plots import plot_saving
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
 BEGIN, END = "<!-- rendered by benchmarks/quality_tables.py -->", "<!-- end -->"
 NUM_LAYERS = 30  # of the 135M model
-PLAIN = {"layers": "contiguous", "rank": 16, "reuse": "update", "kv": "skip"}
-PLAIN |= {"injection": "block", "tokens": 8192}
 
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str]]
@@ -37,20 +36,6 @@ QUALITY: list[Column] = [
 def setting(name: str, heading: str | None = None) -> Column:
     """A column of one of the settings."""
     return heading or name, lambda r: str(r["settings"][name])
-
-
-def fitted(**wanted: Any) -> list[Record]:
-    """Records of fitted adapters with these settings, and the plain ones of all others.
-
-    A setting wanted as None may have any value.
-    """
-    conditions = {name: value for name, value in (PLAIN | wanted).items() if value is not None}
-    return [
-        r
-        for r in record.newest("quality")
-        if "adapter" not in r["settings"]
-        and all(r["settings"][name] == value for name, value in conditions.items())
-    ]
 
 
 def table(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
@@ -81,8 +66,8 @@ def _saved(r: Record) -> str:
 def _measured(benchmark: str, r: Record, **wanted: Any) -> dict[str, Any]:
     """What the model's shape gave at the same rho and k; nothing where it was not run."""
     wanted |= {"model": "135m"} | {name: r["settings"][name] for name in ("rho", "k")}
-    found = [m for m in record.newest(benchmark) if wanted.items() <= m["settings"].items()]
-    return max(found, key=lambda m: m["utc"])["metrics"] if found else {}
+    found = record.latest(benchmark, **wanted)
+    return found["metrics"] if found else {}
 
 
 def _questions(records: Sequence[Record]) -> list[str]:
@@ -128,23 +113,16 @@ def by(*names: str) -> Callable[[Record], list[Any]]:
     return lambda r: [r["settings"][name] for name in names]
 
 
-def last_of_each(records: Sequence[Record]) -> list[Record]:
-    """The last record of each adapter, by name."""
-    last = {r["settings"]["adapter"]: r for r in records}
-    return [last[name] for name in sorted(last)]
-
-
 def sections() -> list[str]:
     """All tables, with their headings."""
-    finished = [r for r in record.newest("quality") if "adapter" in r["settings"]]
-    asked = [r for r in finished if r["metrics"]["tasks"]]
+    asked = [r for r in finished() if r["metrics"]["tasks"]]
     grid = sorted(fitted(), key=by("rho", "k"))
     rank = sorted(fitted(rho=0.25, k=3, rank=None, tokens=None), key=by("tokens", "rank"))
     choice = fitted(rho=0.25, k=3, layers=None)
     injection = fitted(rho=0.5, k=2, injection=None)
     drop = ("drop layers", _drop_layers)
-    lines = ["### Adapters that come with the package", ""]
-    lines += table(last_of_each(finished), [setting("adapter"), drop, *QUALITY])
+    lines = ["### Adapters of this repository", ""]
+    lines += table(last_of_each(finished()), [setting("adapter"), drop, *QUALITY])
     lines += ["", "### Questions answered under the schedule", ""]
     lines += _questions(last_of_each(asked))
     lines += ["", "### Answers of the served model, greedy", ""]

@@ -1,20 +1,21 @@
-"""Renders the newest records into the README.
+"""Renders the newest records into README.md and docs/results.md, as tables and a picture.
 
 python benchmarks/record.py                renders
-python benchmarks/record.py --repeats      how far repeated runs agree
+python benchmarks/record.py --repeats      says how far repeated runs agree
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
-from support import record, tables
+from support import overview, overview_plot, plots, record, tables
 
-BEGIN, END = "<!-- rendered by benchmarks/record.py -->", "<!-- end -->"
-NOT_IN_README = ("step_breakdown",)  # for those who work on the engine
-GRIDS = ("decode_latency", "kv_saving")  # of these README has k = 3, docs/quality.md all
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PICTURE = ROOT / "docs" / "speed_over_kl.png"
+TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def repeats() -> str:
@@ -30,29 +31,34 @@ def repeats() -> str:
     return "\n".join(lines) or "no setting was measured twice on one commit"
 
 
-def rendered_readme() -> str:
-    """The README with its tables as the records have them."""
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    shown = [
-        r
-        for r in record.newest()
-        if r["benchmark"] not in NOT_IN_README
-        and (r["benchmark"] not in GRIDS or r["settings"]["k"] == 3)
-    ]
-    return f"{before}{BEGIN}\n{tables.of(shown)}\n{END}{rest.split(END)[1]}"
+def rendered(page: Path) -> str:
+    """A page with its tables as the records have them.
+
+    A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `headline` or a
+    benchmark of `tables.TABLES`.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        begin, name, end = found.groups()
+        table = overview.headline() if name == "headline" else tables.of(record.newest(name))
+        return f"{begin}{table}\n{end}"
+
+    return TABLE.sub(fill, page.read_text())
 
 
 def main() -> None:
-    """Render the README, or compare."""
+    """Render, or compare."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", action="store_true", help="compare; change nothing")
     if parser.parse_args().repeats:
         print(repeats())
-    else:
-        README.write_text(rendered_readme())
+        return
+    plots.require_matplotlib()
+    for page in PAGES:
+        page.write_text(rendered(page))
+    overview_plot.draw(overview.points(), PICTURE)
 
 
 if __name__ == "__main__":

@@ -82,9 +82,3 @@ def test_the_vllm_pin_stands_once() -> None:
 def test_no_private_environment_variables() -> None:
     for path in (ROOT / "lora_drop_vllm").rglob("*.py"):
         assert not re.search(r"environ.*LORA_DROP", path.read_text()), path
-
-
-def test_the_readmes_numbers_are_the_records() -> None:
-    import record
-
-    assert record.README.read_text() == record.rendered_readme()

@@ -39,7 +39,7 @@ DRAFTS = "spec_decode_num_drafts_total"
 WINDOWS = 16  # of the text, for quality
 FLEXIDEPTH = {
     "what": "FlexiDepth",
-    "why_not": "needs a trained router; its weights are not to be had for this model",
+    "why_not": "needs a trained router, whose weights are not available for this model",
 }
 Blocks = dict[str, list[Block]]
 

@@ -19,8 +19,8 @@ def require_matplotlib() -> None:
     """Exit with the way out where figures cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit(
-            "--plots: matplotlib is not installed; pip install 'lora_drop_vllm[bench]', or leave "
-            "--plots out"
+            "no figure can be drawn, because matplotlib is not installed; "
+            "pip install 'lora_drop_vllm[bench]'"
         )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from lora_drop_vllm.atomic_files import append_line
 
 RESULTS = Path(__file__).parents[1] / "results"
-# of the same session, and no change of what is measured
-RECORDED = (":(top,exclude)benchmarks/results", ":(top,exclude)README.md")
+# written by a session of measurements, and no change of what is measured
+RECORDED = tuple(f":(top,exclude){path}" for path in ("benchmarks/results", "README.md", "docs"))
 PACKAGES = ("torch", "triton", "vllm", "lora_drop_vllm")
 
 
@@ -26,7 +26,7 @@ def write(
     """Append a record to `results/<machine>.jsonl` and return it.
 
     Args:
-        name: of the benchmark
+        name: the benchmark
         settings: what was run
         metrics: what came out, baseline included
         failed: why the run gives no figure
@@ -39,7 +39,7 @@ def write(
         "versions": {p: _version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "-uno", ":/", *RECORDED)),
-        # of paths from a root only the last part: where they lie here helps nobody
+        # absolute paths lose their folders, which mean nothing on another machine
         "argv": [Path(a).name if Path(a).is_absolute() else a for a in sys.argv],
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -82,9 +82,9 @@ def _git(*arguments: str) -> str:
 
 
 def by_settings(*further: str) -> list[list[dict[str, Any]]]:
-    """Records of the same benchmark, settings and machine, oldest first; runs that failed are none.
+    """Records of the same benchmark, settings and machine, oldest first; failed runs are left out.
 
-    How often a run went round is no setting; `further` names other keys that must agree.
+    The number of rounds is no setting; `further` names other keys that must agree.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(RESULTS.glob("*.jsonl")):
@@ -103,15 +103,21 @@ def settings_key(record: dict[str, Any], *further: str) -> str:
 
 
 def speed_ups(records: list[dict[str, Any]]) -> list[float]:
-    """Of those that measured one."""
+    """Speed-ups of the records that have one."""
     return [r["metrics"]["speed_up"] for r in records if "speed_up" in r["metrics"]]
 
 
 def newest(*benchmarks: str) -> list[dict[str, Any]]:
-    """The newest record of some benchmarks, or all, for each of their settings and machines.
+    """The newest record of each setting and machine, of the named benchmarks or of all.
 
-    Under `speed_ups` it has those of all runs of its settings on its commit.
+    `speed_ups` lists the speed-ups of all runs with the same settings and commit.
     """
     found = [records[-1] | {"speed_ups": speed_ups(records)} for records in by_settings("commit")]
     found = list({settings_key(r): r for r in sorted(found, key=lambda r: r["utc"])}.values())
     return [r for r in found if r["benchmark"] in benchmarks or not benchmarks]
+
+
+def latest(benchmark: str, **wanted: Any) -> dict[str, Any] | None:
+    """The newest record of a benchmark with these settings, on any machine; None without one."""
+    found = [r for r in newest(benchmark) if wanted.items() <= r["settings"].items()]
+    return max(found, key=lambda r: r["utc"], default=None)

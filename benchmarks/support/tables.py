@@ -1,4 +1,4 @@
-"""Markdown tables of records: what a benchmark prints when it ends, and the README's figures."""
+"""Markdown tables of records: printed when a benchmark ends, and shown in docs/results.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Record = dict[str, Any]
 
 
 def of(records: Sequence[Record]) -> str:
-    """A table for each benchmark among the records, none of which failed."""
+    """One table per benchmark among the records; none of these failed."""
     found = []
     for benchmark, (header, rows) in TABLES.items():
         lines = [row for r in records if r["benchmark"] == benchmark for row in rows(r)]
@@ -24,7 +24,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def decode_latency(r: Record) -> list[list[str]]:
-    """The engine's own step times."""
+    """Step times of the engine alone."""
     s, m = r["settings"], r["metrics"]
     ratios = [_repeated(r), _times(m["ideal_speed_up"]), f"{m['share_of_ideal']:.2f}"]
     setting = [f"{s['model']} shape, {_how(s)}", str(s["batch"]), f"{s['rho']}, {s['k']}"]
@@ -40,7 +40,7 @@ def kv_saving(r: Record) -> list[list[str]]:
 
 
 def serve_latency(r: Record) -> list[list[str]]:
-    """A served model, seen by its clients; two numbers in a cell are stock vLLM and LoRA-Drop."""
+    """A served model as its clients see it; a pair in a cell is stock vLLM and LoRA-Drop."""
     s, m = r["settings"], r["metrics"]
 
     def pair(values: dict[str, float], digits: int = 1) -> str:
@@ -67,7 +67,7 @@ def serve_latency(r: Record) -> list[list[str]]:
 
 
 def peers(r: Record) -> list[list[str]]:
-    """What else one could serve the same model with, in the same session."""
+    """Other ways to serve the same model, measured in the same session."""
     s = r["settings"]
     size = f"{s['concurrency']} × {s['context']} + {s['tokens']}"
     return [
@@ -81,13 +81,13 @@ def peers(r: Record) -> list[list[str]]:
             machine_name(r),
         ]
         if "ms_per_token" in peer
-        else [_served(s), size, peer["what"], "", "", "", "", peer["why_not"]]
+        else [_served(s), size, peer["what"], *["–"] * 4, "not measured"]
         for peer in r["metrics"]["peers"]
     ]
 
 
 def capacity(r: Record) -> list[list[str]]:
-    """Requests that a fixed pool holds."""
+    """Requests that fit into a fixed pool."""
     s, m = r["settings"], r["metrics"]
     stock, ours = m["stock"], m["lora_drop"]
     return [
@@ -105,7 +105,7 @@ def capacity(r: Record) -> list[list[str]]:
 
 
 def step_breakdown(r: Record) -> list[list[str]]:
-    """Where a step's time goes, milliseconds."""
+    """The parts of a step's time, in milliseconds."""
     s, m = r["settings"], r["metrics"]
     columns = [m[name] for name in ("stock", "full", "lora", "gap")]
     totals = [sum(column.values()) for column in columns]
@@ -130,7 +130,7 @@ def _times(ratio: float) -> str:
 
 
 def _repeated(r: Record) -> str:
-    """The speed-up, half its 95 % interval, the least and the most of the runs of a commit."""
+    """The speed-up, half its 95 % interval, and the range over the runs of one commit."""
     found, speeds = _times(r["metrics"]["speed_up"]), r.get("speed_ups", [])
     if interval := r["metrics"].get("speed_up_95"):
         found += f" ± {(interval[1] - interval[0]) / 2:.2f}"
@@ -140,7 +140,7 @@ def _repeated(r: Record) -> str:
 
 
 def machine_name(r: Record) -> str:
-    """The machine of a record in a word."""
+    """The GPU of a record's machine, or its CPU and cores."""
     found = r["machine"]
     return found.get("gpu") or f"{found['cores']} cores of {found['cpu']}"
 
@@ -152,7 +152,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], list[list[str]]]]] = {
         decode_latency,
     ),
     "kv_saving": (
-        "KV at the pool, mean from half the answer on | ρ, k | prompt + generated | saved | Eq. 15",
+        "KV blocks at the pool | ρ, k | prompt + generated | saved | Eq. 15",
         kv_saving,
     ),
     "serve_latency": (

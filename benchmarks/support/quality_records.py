@@ -1,0 +1,39 @@
+"""Quality records by what was measured: adapters fitted alike, and finished ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from support import record
+
+Record = dict[str, Any]
+
+# the settings of a fitted adapter unless a table varies them
+PLAIN = {"layers": "contiguous", "rank": 16, "reuse": "update", "kv": "skip"}
+PLAIN |= {"injection": "block", "tokens": 8192}
+
+
+def fitted(**wanted: Any) -> list[Record]:
+    """Newest records of adapters in closed form with these settings, and `PLAIN` for all others.
+
+    A setting wanted as None may have any value.
+    """
+    conditions = {name: value for name, value in (PLAIN | wanted).items() if value is not None}
+    return [
+        r
+        for r in record.newest("quality")
+        if "adapter" not in r["settings"]
+        and all(r["settings"][name] == value for name, value in conditions.items())
+    ]
+
+
+def finished() -> list[Record]:
+    """Newest records of adapters that were measured as they lie in `adapters/`."""
+    return [r for r in record.newest("quality") if "adapter" in r["settings"]]
+
+
+def last_of_each(records: Sequence[Record]) -> list[Record]:
+    """The last record of each adapter, by name."""
+    last = {r["settings"]["adapter"]: r for r in records}
+    return [last[name] for name in sorted(last)]
