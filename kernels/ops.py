@@ -1,7 +1,7 @@
 """The kernels as torch operators, the one dispatcher: the reference on the CPU, Triton on CUDA.
 
-A compiled model calls an operator without looking inside. The updates never read `after`: a
-compiled graph keeps, and runs first, whatever produced it.
+A compiled model calls an operator without looking inside. `after` orders work in a compiled graph:
+no update reads it, but the graph keeps what produced it and runs that first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_drop_vllm.kernels.reference import Update
 def triton_kernels() -> dict[str, Callable[..., Any]]:
     """The Triton launchers by the names of the functions in `reference`.
 
-    Imported with the first CUDA tensor: where there is no GPU, Triton need not be installed.
+    They are imported with the first CUDA tensor: without a GPU, Triton need not be installed.
     """
     from lora_drop_vllm.kernels.triton_run import drop_run_triton
     from lora_drop_vllm.kernels.triton_slots import compact_slots_triton
@@ -43,8 +43,8 @@ class Operator:
     Attributes:
         signature: in torch's schema language
         kernel: name of the function in `reference`, and of its Triton launcher
-        call: calls such a function, its first argument, with the operator's arguments
-        fake: shapes of the results, for compilers
+        call: passes the operator's arguments to such a function, its first argument
+        fake: makes results of the right shape, for compilers
     """
 
     signature: str
@@ -53,11 +53,11 @@ class Operator:
     fake: Callable[..., Any]
 
     def cpu(self, *arguments: Any) -> Any:
-        """The operator by the reference."""
+        """Runs the reference."""
         return self.call(getattr(reference, self.kernel), *arguments)
 
     def cuda(self, *arguments: Any) -> Any:
-        """The operator by Triton."""
+        """Runs the Triton kernel."""
         return self.call(triton_kernels()[self.kernel], *arguments)
 
 

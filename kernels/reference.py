@@ -84,9 +84,10 @@ def drop_run(x: Tensor, states: Tensor | None, slots: Tensor, update: Update) ->
 
 
 def save_stream(hidden: Tensor, residual: Tensor, states: Tensor, site: int, slots: Tensor) -> None:
-    """states[site, slot] = x_a = hidden + residual for rows that own a slot; no other changes.
+    """Saves x_a = hidden + residual of the rows that own a slot to states[site, slot].
 
-    Behind a site this is its c_i (`previous`, `anchor`); in front of it, what `save_changes` needs.
+    Taken at the end of a site, x_a is its c_i (`previous`, `anchor`); taken at the start, it is
+    what `save_changes` needs.
 
     Args:
         hidden, residual: [T, d]
@@ -100,11 +101,11 @@ def save_stream(hidden: Tensor, residual: Tensor, states: Tensor, site: int, slo
 def save_changes(
     hidden: Tensor, residual: Tensor, states: Tensor, gates: Tensor, slots: Tensor
 ) -> None:
-    """c_i = g_i * (x_a^i - x_a^{i-1}) of L consecutive sites after a full step (`update`).
+    """Computes c_i = g_i * (x_a^i - x_a^{i-1}) of L sites in a row after a full step (`update`).
 
     Args:
-        hidden, residual: [T, d]     what leaves the last site
-        states:           [L, S, d]  hold x_a^{i-1} of each site (`save_stream`); replaced by c_i
+        hidden, residual: [T, d]     their sum leaves the last site
+        states:           [L, S, d]  x_a^{i-1} of each site (`save_stream`); c_i replaces it
         gates:            [L, d]
         slots:            [T]
     """
@@ -123,19 +124,19 @@ def compact_slots(
     seq_lens: Tensor,
     block_size: int,
 ) -> None:
-    """KV slots and lengths of a full step's tokens in the drop layers' compacted lists.
+    """Finds the KV slots and lengths of the drop layers' compacted lists in a full step.
 
     Token j of request q becomes entry e = cache_lens[q] + j of that request's list, in slot
     block_table[q, e // block_size] * block_size + e % block_size.
 
     Args:
         starts:      [num_reqs + 1]  first token of each request, then the number of tokens;
-            requests of no tokens (padding) come last
+            requests without tokens (padding) come last
         cache_lens:  [num_reqs]      entries in each request's list so far, 0 for padding
         block_table: [num_reqs, max_blocks]
-        slots:       [tokens]        written: the slot of each token, -1 behind the last one
-        seq_lens:    [num_reqs]      written: entries in each list with this step's tokens
-        block_size:  entries of a block
+        slots:       [tokens]        written: the slot of each token, -1 after the last one
+        seq_lens:    [num_reqs]      written: entries in each list, this step's tokens included
+        block_size:  entries per block
     """
     query_lens = starts.diff()
     seq_lens.copy_(cache_lens + query_lens)
@@ -147,12 +148,12 @@ def compact_slots(
 
 
 def gated_change(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
-    """gate * (x_a^i - x_a^{i-1}) in fp32, what `update` keeps; [..., d] each."""
+    """The change that `update` keeps, gate * (x_a^i - x_a^{i-1}) in fp32; [..., d] each."""
     return after.float().sub(before).mul_(gate)
 
 
 def _last(hidden: Tensor, residual: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The slots of the rows that own one, [M], and the stream hidden + residual there, [M, d]."""
+    """Slots of the M rows that own one, [M], and their stream hidden + residual, [M, d]."""
     rows = slots[: len(hidden)].ge(0).nonzero().squeeze(1)
     x = hidden.index_select(0, rows).add_(residual.index_select(0, rows))
     return slots.index_select(0, rows), x

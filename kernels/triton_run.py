@@ -1,9 +1,9 @@
-"""Triton kernel of a run of updates: all its layers in one launch, or one launch per layer.
+"""Triton kernel of a run of updates: all layers in one launch, or one launch per layer.
 
-One launch suits a run whose A and B a single multiprocessor reads faster than a launch per layer
-takes. With a launch per layer each one, while it has its block of the result at hand, also leaves
-that block's part of the next layer's A x: all of A and B is read once and no launch waits on a
-shrink of its own.
+One launch suits small layers: a single multiprocessor reads their A and B in less time than a
+launch per layer takes. Otherwise each layer has a launch, which also computes its block's part of
+the next layer's A x while the block is at hand. A and B are then read once, and only the first
+layer needs a shrink.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _run_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One program per row; x stays in registers from layer to layer."""
+    """One program per row, which keeps x in registers from layer to layer."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
@@ -78,7 +78,7 @@ def drop_run_triton(
     update: Update,
     launch: Chain | Launch | None = None,
 ) -> Tensor:
-    """`reference.drop_run`, [T, d] to [T, d], launched as given or as the table says.
+    """Runs `reference.drop_run`, launched as given or as the table says.
 
     A [L, r, d] and B [L, d, r] have the dtype of `x` and are contiguous; x and states are
     contiguous in their last dimension.
@@ -100,7 +100,7 @@ def drop_run_triton(
 def _chained(
     x: Tensor, states: Tensor | None, slots: Tensor, update: Update, launch: Chain
 ) -> Tensor:
-    """All layers in one launch."""
+    """Runs all layers in one launch."""
     rows, d = x.shape
     A, B = update.A, update.B
     layers, r, _ = A.shape
@@ -135,8 +135,8 @@ def _chained(
 def _linked(
     x: Tensor, states: Tensor | None, slots: Tensor, update: Update, launch: Launch
 ) -> Tensor:
-    """A launch per layer, each with a part of the next layer's A x, after one shrink."""
-    # two buffers in turn: no launch reads what it writes
+    """Runs one launch per layer after a shrink; each leaves the next layer's A x in parts."""
+    # two buffers take turns: no launch reads what it writes
     outs = [torch.empty_like(x) for _ in range(2)]
     low = shrink(x, update.A[0], launch)
     lows = [low, torch.empty_like(low)]

@@ -1,4 +1,4 @@
-"""Triton kernel for the KV slots of the drop layers' compacted lists."""
+"""Triton kernel that finds the KV slots of the drop layers' compacted lists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _compact_slots_kernel(
     block_size,
     BLOCK: tl.constexpr,
 ):
-    """One program per request, and one more for the slots behind the last token."""
+    """One program per request, and one more for the slots after the last token."""
     request = tl.program_id(0)
     start = tl.load(starts_ptr + request)
     if request == num_reqs:
@@ -49,10 +49,10 @@ def compact_slots_triton(
     seq_lens: Tensor,
     block_size: int,
 ) -> None:
-    """`reference.compact_slots` in one launch.
+    """Runs `reference.compact_slots` in one launch.
 
     starts: [num_reqs + 1]; cache_lens, seq_lens: [num_reqs]; block_table: [num_reqs, max_blocks];
-    slots: [tokens]. All but the table's rows are contiguous.
+    slots: [tokens]. All are contiguous, but the table's rows may lie apart.
     """
     num_reqs = len(cache_lens)
     assert block_table.stride(1) == 1 and slots.is_contiguous()

@@ -1,4 +1,4 @@
-"""Triton kernels that fill the drop layers' states in a full step; only the last rows are read."""
+"""Triton kernels that fill the drop layers' states in a full step; they read only last rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_drop_vllm.kernels.heuristics import STATE_BLOCK, power_of_2
 
 @triton.jit
 def stream(hidden_ptr, residual_ptr, hidden_stride, residual_stride, row, cols, mask):
-    """hidden + residual of a row in fp32, for the caller to round to the model's dtype."""
+    """The sum hidden + residual of a row in fp32; the caller rounds it to the model's dtype."""
     hidden = tl.load(hidden_ptr + row * hidden_stride + cols, mask=mask, other=0.0)
     residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
     return hidden.to(tl.float32) + residual.to(tl.float32)
@@ -56,7 +56,7 @@ def _save_changes_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per row and block of d, all sites; rows without a slot return at once."""
+    """One program per row and block of d, for all sites; rows without a slot return at once."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     if slot < 0:
@@ -82,7 +82,7 @@ def _save_changes_kernel(
 def save_stream_triton(
     hidden: Tensor, residual: Tensor, states: Tensor, site: int, slots: Tensor
 ) -> None:
-    """`reference.save_stream` in one launch.
+    """Runs `reference.save_stream` in one launch.
 
     hidden, residual: [T, d]; states: [L, S, d]; slots: [T]; contiguous in their last dimension.
     """
@@ -106,10 +106,10 @@ def save_stream_triton(
 def save_changes_triton(
     hidden: Tensor, residual: Tensor, states: Tensor, gates: Tensor, slots: Tensor
 ) -> None:
-    """`reference.save_changes` in one launch.
+    """Runs `reference.save_changes` in one launch.
 
-    hidden, residual: [T, d]; states: [L, S, d]; gates: [L, d], contiguous; slots: [T]; the others
-    are contiguous in their last dimension.
+    hidden, residual: [T, d]; states: [L, S, d]; gates: [L, d]; slots: [T]. The gates are
+    contiguous, the others in their last dimension.
     """
     rows, d = hidden.shape
     if rows == 0:

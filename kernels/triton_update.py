@@ -1,7 +1,7 @@
 """Triton kernels of the update: one launch, or a shrink (A x) and an expand (the rest).
 
-Programs write disjoint blocks of the output and of the state, and read no block of the state but
-the one they write, so the write-back needs no order between them.
+Programs write disjoint blocks of the output and of the state. Of the state, a program reads only
+the block that it writes, so the write-back needs no order between programs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lora_drop_vllm.kernels.reference import Update
 
 @triton.jit
 def shrink_tile(x, a, PRECISION: tl.constexpr, GROUPS: tl.constexpr):
-    """x a^T in fp32: [M, K], [R, K] to [M, R]; a plain sum for M = 1, else tl.dot.
+    """The product x a^T in fp32, [M, K] and [R, K] to [M, R]: a plain sum if M = 1, else tl.dot.
 
     The operands are widened first: tf32 holds every bf16 and fp16 value, so products are exact.
-    The sum over K is cut into GROUPS, one a warp: the warps of a small tl.dot repeat each other.
+    The sum over K is cut into GROUPS, one per warp: the warps of a small tl.dot repeat each other.
     """
     M: tl.constexpr = x.shape[0]
     K: tl.constexpr = x.shape[1]
@@ -45,7 +45,7 @@ def shrink_tile(x, a, PRECISION: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def expand_tile(low, b, PRECISION: tl.constexpr):
-    """low b^T in fp32: [M, R] fp32, [N, R] to [M, N]; a plain sum for M = 1, else tl.dot."""
+    """The product low b^T in fp32, [M, R] and [N, R] to [M, N]; a plain sum if M = 1."""
     N: tl.constexpr = b.shape[0]
     R: tl.constexpr = b.shape[1]
     b = b.to(tl.float32)
@@ -60,12 +60,12 @@ def expand_tile(low, b, PRECISION: tl.constexpr):
 def sum_of_parts(
     low_ptr, row, rank, rows, R: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr
 ):
-    """A x of a block of rows from what a shrink left: [PARTS, rows, R] to [M, BLOCK_R]."""
+    """Sums what a shrink left to A x of a block of rows: [PARTS, rows, R] to [M, BLOCK_R]."""
     M: tl.constexpr = row.shape[0]
     low = tl.zeros((M, rank.shape[0]), dtype=tl.float32)
     in_low = (row < rows) & (rank[None, :] < R)
     for first in range(0, PARTS, BLOCK_PARTS):
-        if M == 1:  # without a dimension of one row, which leads Triton to a slow layout of b
+        if M == 1:  # a dimension of one row would lead Triton to a slow layout of b
             part = first + tl.arange(0, BLOCK_PARTS)[:, None]
             at = low_ptr + (part * rows + row) * R + rank[None, :]
             parts = tl.load(at, mask=(part < PARTS) & in_low, other=0.0)
@@ -93,7 +93,7 @@ def _shrink_kernel(
     SHRINK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """low[i, rows, :] = A x of block i of d, for one block of rows."""
+    """Computes low[i, rows, :] = A x over block i of d, for one block of rows."""
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     rank = tl.arange(0, BLOCK_R)
@@ -136,17 +136,17 @@ def _update_kernel(
     EXPAND: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """One block of rows and of d of the output.
+    """Computes one block of rows and of d of the output.
 
-    A x is the sum of PARTS partial sums in `low`, or where there are none (0) taken here from all
-    of A. HAS_NEXT: `a` is that of the layer that follows; leave a partial sum of its A x as well.
+    A x is the sum of PARTS partial sums in `low`; with PARTS = 0 this program computes it from all
+    of A. With HAS_NEXT, `a` belongs to the next layer; a partial sum of its A x is left as well.
     """
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     rank = tl.arange(0, BLOCK_R)
     in_rank = rank[None, :] < R
     in_tile = (row < rows) & (cols < D)[None, :]
-    # all loads that wait for nothing come first
+    # loads that depend on nothing come first
     out = beta * tl.load(x_ptr + row * x_stride + cols[None, :], mask=in_tile, other=0.0).to(
         tl.float32
     )
@@ -190,7 +190,7 @@ def drop_update_triton(
     out: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
-    """`reference.drop_update`, [T, d] to [T, d]; `out` [T, d] and the launch may be given.
+    """Runs `reference.drop_update`; `out` [T, d] and the launch may be given.
 
     A [r, d] and B [d, r] have the dtype of `x` and are contiguous; x, state and out are contiguous
     in their last dimension.
@@ -206,7 +206,7 @@ def drop_update_triton(
 
 
 def shrink(x: Tensor, A: Tensor, launch: Launch) -> Tensor:
-    """A x in parts, one per block of d: [parts, T, r] in fp32, to be summed over the parts."""
+    """Computes A x in parts, one per block of d: [parts, T, r] in fp32, to be summed over parts."""
     rows, d = x.shape
     assert A.is_contiguous() and A.dtype == x.dtype and x.stride(1) == 1
     parts = triton.cdiv(d, launch.block_d)
@@ -226,11 +226,11 @@ def launch_update(
     low: Tensor | None,
     following: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """The update [T, d] into `out`, in one launch.
+    """Writes the update [T, d] to `out` in one launch.
 
     Args:
-        low: A x in parts [parts, T, r]; A itself is then not read
-        following: with `low` only, the A of the next layer, and where its A x goes in parts
+        low: A x in parts [parts, T, r]; with it, A itself is not read
+        following: the A of the next layer, and the buffer for its A x in parts; needs `low`
     """
     rows, d = x.shape
     A, B, r = update.A, update.B, update.B.shape[1]

@@ -29,12 +29,12 @@ HELP = (
 
 
 class LoRADropConfigError(ValueError):
-    """Settings that cannot be served; the message names the setting, its value and the way out."""
+    """Settings that cannot be served; the message names setting, value and the way out."""
 
 
 @dataclass(frozen=True)
 class LoRADropConfig:
-    """Settings after every default, override and check; made once and passed down.
+    """The settings after all defaults, overrides and checks; made once and passed down.
 
     Attributes:
         adapter: adapter folder, or None for B = 0 and g = 1 (`untrained`)
@@ -63,12 +63,12 @@ class LoRADropConfig:
 
     @property
     def active(self) -> bool:
-        """Whether any layer ever drops; otherwise the stock model is served."""
+        """True if any layer ever drops; otherwise the stock model is served."""
         return self.k > 0 and bool(self.drop_layers)
 
     @property
     def kv_skips(self) -> bool:
-        """Whether LoRA steps leave holes in the drop layers' KV."""
+        """True if LoRA steps leave holes in the drop layers' KV."""
         return self.kv == "skip"
 
     @property
@@ -79,7 +79,7 @@ class LoRADropConfig:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON, for the engine's config: its hash then covers all that we compile in."""
+        """Plain JSON for the engine's config, so that its hash covers everything we compile in."""
         return asdict(self) | {"drop_layers": list(self.drop_layers)}
 
     @classmethod
@@ -95,12 +95,12 @@ def _layer_numbers(value: list[Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """A key of `lora_drop`.
+    """One key of `lora_drop`.
 
     Attributes:
         allowed: its values
-        untrained: what holds under `untrained` if the user leaves the key out; None: nothing
-        of_adapter: whether the adapter decides it, if there is one
+        untrained: default under `untrained`; None: there is none
+        of_adapter: whether the adapter alone decides it, if there is one
     """
 
     allowed: Allowed
@@ -138,15 +138,15 @@ _SETTINGS = {
 
 
 def resolve(settings: Any, model: BaseModel) -> LoRADropConfig:
-    """Check the user's settings against a model and fill in what they leave open.
+    """Checks the user's settings against a model and fills in what they leave open.
 
     Args:
         settings: the value of `lora_drop`
-        model: the model that is to be served
+        model: the model to serve
 
     Raises:
-        LoRADropConfigError: for every setting that cannot be served as written.
-        AdapterError: when the adapter itself is at fault.
+        LoRADropConfigError: a setting cannot be served as written.
+        AdapterError: the adapter itself is at fault.
     """
     if not isinstance(settings, Mapping):
         raise LoRADropConfigError(f"lora_drop={shown(settings)}: expected an object; {HELP}.")
@@ -212,7 +212,7 @@ def _resolve_adapter(settings: Mapping[str, Any], model: BaseModel) -> LoRADropC
     if adapter.base_model != model:
         raise LoRADropConfigError(
             f"lora_drop.adapter={str(folder)!r}: made for another model ({adapter.base_model}); "
-            f"this one is {model}. Use the adapter of this model."
+            f"this model is {model}. Use an adapter made for it."
         )
     load_tensors(folder, adapter)
     reuse = settings.get("reuse", adapter.reuse)
@@ -252,11 +252,12 @@ def _for_requests(settings: Mapping[str, Any], k: int) -> dict[str, Any]:
 def _drop_layers(
     settings: Mapping[str, Any], model: BaseModel, candidates: list[int], named: str
 ) -> list[int] | None:
-    """D from `drop_layers`, or from `rho` and `layers`; None when the settings name neither."""
+    """The layers D from `drop_layers`, or from `rho` and `layers`; None if neither is set."""
     if "drop_layers" in settings:
         if "rho" in settings or "layers" in settings:
             raise LoRADropConfigError(
-                "lora_drop.drop_layers: says it all; leave out lora_drop.rho and lora_drop.layers."
+                "lora_drop.drop_layers: cannot be combined with lora_drop.rho or lora_drop.layers; "
+                "leave them out."
             )
         layers = sorted(settings["drop_layers"])
         eligible = eligible_layers(model.num_hidden_layers)
@@ -264,25 +265,25 @@ def _drop_layers(
             if layer not in eligible:
                 raise LoRADropConfigError(
                     f"lora_drop.drop_layers={layers}: layer {layer} cannot drop; of "
-                    f"{model.num_hidden_layers} layers the first 3 and the last 1 always run, so "
-                    f"allowed are {eligible}."
+                    f"{model.num_hidden_layers} layers the first 3 and the last 1 always run; "
+                    f"expected a subset of {eligible}."
                 )
             if layer not in candidates:
                 raise LoRADropConfigError(
-                    f"lora_drop.drop_layers={layers}: layer {layer} is not among {named} "
-                    f"({candidates}), which may only become fewer."
+                    f"lora_drop.drop_layers={layers}: layer {layer} is not one of {named}; "
+                    f"expected a subset of {candidates}."
                 )
         return layers
     if "rho" not in settings:
         if "layers" in settings and "adapter" in settings:
             raise LoRADropConfigError(
-                f"lora_drop.layers={settings['layers']!r}: needs lora_drop.rho beside it."
+                f"lora_drop.layers={settings['layers']!r}: needs lora_drop.rho too; add it."
             )
         return None
     count = num_drop_layers(settings["rho"], model.num_hidden_layers)
     if count > len(candidates):
         raise LoRADropConfigError(
-            f"lora_drop.rho={settings['rho']}: would drop {count} layers, but {named} are only "
-            f"{len(candidates)} and may only become fewer; lower rho."
+            f"lora_drop.rho={settings['rho']}: would drop {count} layers, but there are only "
+            f"{len(candidates)} of {named}; lower rho."
         )
     return choose_layers(settings.get("layers", CHOICES[0]), count, candidates)

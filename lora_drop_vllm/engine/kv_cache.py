@@ -16,6 +16,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
+from lora_drop_vllm.engine.seams import check_attributes
+
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
@@ -141,8 +143,14 @@ def allow_partial_prefix_hits(coordinator: Any) -> None:
     The two groups' block sizes have a large least common multiple, often more than a prompt, and
     whole blocks of both groups only end together there. vLLM has partial hits but switches them on
     for hybrid Mamba models alone.
+
+    Raises:
+        RuntimeError: vLLM no longer has the attributes that switch them on.
     """
     if isinstance(coordinator, HybridKVCacheCoordinator):
+        names = ("enable_partial_hash_hits", "single_type_managers", "hash_block_size")
+        check_attributes(coordinator, names, "kv_cache.py")
         coordinator.enable_partial_hash_hits = True
         for manager in coordinator.single_type_managers:
+            check_attributes(manager, ("cache_hit_alignment_tokens",), "kv_cache.py")
             manager.cache_hit_alignment_tokens = coordinator.hash_block_size

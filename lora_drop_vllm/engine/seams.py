@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,9 +170,19 @@ def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
                 f"{seam.target} is gone; engine/{seam.used_by} relies on it. Port that file, then "
                 "widen the vLLM pin in pyproject.toml."
             ) from error
-        have = inspect.signature(found).parameters
-        if missing := [p for p in seam.params if p not in have]:
-            raise RuntimeError(
-                f"{seam.target} lost {missing}; engine/{seam.used_by} relies on them. Port that "
-                "file, then widen the vLLM pin in pyproject.toml."
-            )
+        _check_lost(seam.target, seam.params, inspect.signature(found).parameters, seam.used_by)
+
+
+def check_attributes(found: object, names: Sequence[str], used_by: str) -> None:
+    """Raise when an object of vLLM lacks attributes that engine/ sets or reads."""
+    kind = type(found)
+    have = [name for name in names if hasattr(found, name)]
+    _check_lost(f"{kind.__module__}:{kind.__qualname__}", names, have, used_by)
+
+
+def _check_lost(target: str, names: Sequence[str], have: Collection[str], used_by: str) -> None:
+    if missing := [name for name in names if name not in have]:
+        raise RuntimeError(
+            f"{target} lost {missing}; engine/{used_by} relies on them. Port that file, then "
+            "widen the vLLM pin in pyproject.toml."
+        )

@@ -1,1 +1,1 @@
-"""The paper's method without an engine."""
+"""The paper's method, without an engine."""

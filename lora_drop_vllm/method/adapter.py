@@ -28,14 +28,14 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "LORA_DROP"
 FORMAT = 1
-MAX_LAYERS = 10_000  # of a base model; lists of layers are built before anything is compared
+MAX_LAYERS = 10_000  # of a base model; checked before any list of layers is built
 MAX_ALPHA = 1e30  # finite in fp32, whatever the rank
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What an adapter must agree on with the model it was trained for."""
+    """The facts about a model that must be the same for its adapters."""
 
     model_type: str
     num_hidden_layers: int
@@ -55,7 +55,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The contents of `adapter_config.json`, in its own names."""
+    """The contents of `adapter_config.json`, under the same names."""
 
     base_model_name_or_path: str
     base_model: BaseModel
@@ -74,7 +74,7 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """The factor before B A, alpha / r, as in PEFT."""
+        """The factor of B A, alpha / r, as in PEFT."""
         return self.lora_alpha / self.r
 
     @property
@@ -90,11 +90,11 @@ def save_adapter(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write an adapter folder that `read_config` and `load_tensors` accept, in `dtype` if given."""
+    """Writes an adapter folder that `read_config` and `load_tensors` accept; `dtype` converts."""
     tensors = {name: t.detach().cpu().to(dtype or t.dtype) for name, t in tensors.items()}
     check_tensors(folder, config, tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    # a folder in use never holds half a file, and a new config only beside its tensors
+    # a folder in use never holds half a file, nor a new config beside old tensors
     with replacing(folder / CONFIG_FILE) as text, replacing(folder / TENSOR_FILE) as weights:
         text.write_text(json.dumps(asdict(config), indent=2) + "\n")
         save_file({name: t.contiguous() for name, t in tensors.items()}, weights)
@@ -102,11 +102,11 @@ def save_adapter(
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """Read and check `adapter_config.json`.
+    """Reads and checks `adapter_config.json`.
 
     Raises:
-        AdapterError: no such folder or file, a link out of the folder, not JSON, missing, unknown
-            or repeated keys, values out of range.
+        AdapterError: there is no such folder or file, a link leads out of the folder, it is not
+            JSON, keys are missing, unknown or repeated, or a value is out of range.
     """
     path = file_in(folder, CONFIG_FILE)
     if path is None:
@@ -118,11 +118,11 @@ def read_config(folder: Path) -> AdapterConfig:
 
 
 def load_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
-    """Read and check `adapter_model.safetensors`; nothing but safetensors is ever opened.
+    """Reads and checks `adapter_model.safetensors`; no other format is ever opened.
 
     Raises:
-        AdapterError: no such file, a link out of the folder, not safetensors, missing or extra
-            tensors, wrong shapes or dtypes, values that are not finite.
+        AdapterError: there is no such file, a link leads out of the folder, it is not safetensors,
+            tensors are missing or extra, have a wrong shape or dtype, or are not finite.
     """
     path = file_in(folder, TENSOR_FILE)
     if path is None:
@@ -142,7 +142,7 @@ def load_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
 
 
 def check_tensors(where: Path | str, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Raise AdapterError unless the tensors are exactly those that the config describes."""
+    """Raises AdapterError unless the tensors are exactly those that the config describes."""
     expected = config.sites.shapes()
     if missing := sorted(expected.keys() - tensors.keys()):
         raise AdapterError(
@@ -180,7 +180,7 @@ def _parse_config(path: Path, raw: Any) -> AdapterConfig:
     return config
 
 
-# JSON types that fields of other types have in the file, and their name
+# fields whose type has another name in JSON: its types there, and what an error calls them
 _IN_JSON: dict[Any, tuple[tuple[type, ...], str]] = {
     float: ((int, float), "int or float"),
     list[int]: ((list,), "list"),
@@ -189,7 +189,7 @@ _IN_JSON: dict[Any, tuple[tuple[type, ...], str]] = {
 
 
 def _check_fields(path: Path, prefix: str, kind: type, raw: dict[str, Any]) -> None:
-    """Raise AdapterError unless the keys and types are those of a dataclass."""
+    """Raises AdapterError unless the keys and types are those of a dataclass."""
     hints = get_type_hints(kind)
     if missing := sorted(hints.keys() - raw.keys()):
         raise AdapterError(f"{path}: missing key {prefix + missing[0]!r}.")

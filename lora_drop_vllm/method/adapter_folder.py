@@ -1,4 +1,4 @@
-"""Files that anybody may have made: where an adapter folder may point to, and strict JSON."""
+"""Files from strangers: where links in an adapter folder may lead, and strict JSON."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ MAX_CONFIG_BYTES = 1 << 20
 
 
 class AdapterError(ValueError):
-    """An adapter folder that cannot be used; the message says what is wrong and the way out."""
+    """An adapter folder that cannot be used; the message says why, and the way out."""
 
 
 def read_json(path: Path) -> Any:
-    """Read a small JSON file in which no object has a key twice.
+    """Reads a small JSON file in which no object has a key twice.
 
     Raises:
-        AdapterError: it cannot be read, is too large or no such JSON.
+        AdapterError: it cannot be read, is too large, or is not such JSON.
     """
     try:
         with path.open("rb") as file:
@@ -28,22 +28,22 @@ def read_json(path: Path) -> Any:
         raise AdapterError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; not a config.")
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_each_key_once)
-    except (ValueError, RecursionError) as error:  # too many digits are a ValueError, too
+    except (ValueError, RecursionError) as error:  # a number too long is a ValueError too
         raise AdapterError(f"{path}: not valid JSON ({error}).") from error
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("an object has a key twice")
     return found
 
 
 def file_in(folder: Path, name: str) -> Path | None:
-    """The file of that name in an adapter folder, links followed; None if there is none.
+    """The file of that name in an adapter folder, after links; None if it does not exist.
 
-    Links may stay inside the folder, or lead from a Hugging Face cache's `snapshots/REVISION/` to
-    the `blobs/` beside `snapshots/`, which is how that cache stores every file.
+    A link must stay inside the folder. The only exception is a Hugging Face cache, which stores
+    each file of `snapshots/REVISION/` in `blobs/`, beside `snapshots/`.
 
     Raises:
         AdapterError: a link leads elsewhere, or the path cannot be followed.
@@ -51,7 +51,7 @@ def file_in(folder: Path, name: str) -> Path | None:
     try:
         root, path = folder.resolve(), (folder / name).resolve()
         is_file = path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, circular links
         raise AdapterError(
             f"lora_drop.adapter={shown(str(folder))}: {name} cannot be read ({error})."
         ) from error
@@ -66,7 +66,7 @@ def file_in(folder: Path, name: str) -> Path | None:
 
 
 def shown(value: Any) -> str:
-    """A user's value for an error message, whatever it is, in at most 200 characters."""
+    """Any value of a user as an error message shows it, in at most 200 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits

@@ -1,4 +1,4 @@
-"""The method's settings and their allowed values: one row each, for every door.
+"""The method's settings and their allowed values, one row each.
 
 Adapter folders, the server's settings and the trainer's flags all read this table.
 """
@@ -16,12 +16,12 @@ MAX_K = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """The values that one setting may have; `value in allowed` takes a value of any type.
+    """The values that one setting may have; ask `value in allowed`, for a value of any type.
 
     Attributes:
-        kind: the type; a whole number also passes as a float, true and false never as a number
+        kind: the type; an integer also passes as a float, true and false never as a number
         text: what is allowed, as errors say it after "expected"
-        holds: whether a value of that type is allowed
+        holds: says whether a value of that type is allowed
         choices: all values, if they are few
     """
 
@@ -32,7 +32,7 @@ class Allowed:
 
     @classmethod
     def one_of(cls, choices: Iterable[str]) -> Allowed:
-        """A few names."""
+        """The row of a setting that takes one of a few names."""
         names = tuple(choices)
         return cls(str, f"one of {', '.join(names)}", names.__contains__, names)
 

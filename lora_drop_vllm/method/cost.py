@@ -1,16 +1,16 @@
-"""Closed forms: ideal speed (Eq. 7-11) and KV saving (Eq. 13-16)."""
+"""Closed forms of ideal speed (Eq. 7-11) and KV saving (Eq. 13-16), and sizes of KV blocks."""
 
 from __future__ import annotations
 
 
 def ideal_speed(layer_costs: list[float], drop_layers: list[int], k: int, rest: float) -> float:
-    """S_ideal: speed-up of decoding if a dropped layer cost nothing (Eq. 7-10).
+    """Speed-up of decoding if a dropped layer cost nothing, S_ideal (Eq. 7-10).
 
     Args:
-        layer_costs: c_i, time of each layer in a full step, any unit
+        layer_costs: c_i, the time of each layer in a full step, in any unit
         drop_layers: D
         k: LoRA steps between two full steps
-        rest: c_h, everything outside the layers, same unit
+        rest: c_h, the time of everything outside the layers, in the same unit
     """
     full = sum(layer_costs) + rest
     dropped = set(drop_layers)
@@ -27,16 +27,16 @@ def kv_saving(num_layers: int, num_drop: int, k: int) -> float:
 
 
 def kv_slots(prompt: int, decoded: int, k: int) -> int:
-    """Slots of a drop layer under `kv: skip`, for a lone request: its prompt and its refreshes."""
+    """KV slots of a lone request in a drop layer (`kv: skip`): its prompt and its refreshes."""
     return prompt + decoded // (k + 1)
 
 
 def packed_block_sizes(num_always_on: int, num_drop: int, unit: int) -> tuple[int, int]:
-    """Tokens per KV block of the always-on and of the drop layers, so that blocks weigh the same.
+    """Tokens per KV block of always-on and of drop layers, chosen so that blocks weigh the same.
 
-    One block pool serves both groups, and every block takes the bytes of the heavier one: layers
-    times tokens. Returns the pair of multiples of `unit` with the smallest block whose waste
-    (`packing_waste`) is at most `MAX_WASTE`, or else the pair with the least waste.
+    One block pool serves both groups. Each block takes the bytes of the heavier group, whose
+    weight is layers times tokens. Among multiples of `unit`, the result is the pair with the
+    smallest block whose `packing_waste` is at most `MAX_WASTE`, or else the pair with least waste.
     """
     pairs = [(p, q) for p in range(1, MAX_UNITS + 1) for q in range(1, MAX_UNITS + 1)]
     good = [pq for pq in pairs if packing_waste(num_always_on, num_drop, *pq) <= MAX_WASTE]
@@ -48,10 +48,10 @@ def packed_block_sizes(num_always_on: int, num_drop: int, unit: int) -> tuple[in
 
 
 def packing_waste(num_always_on: int, num_drop: int, size_on: int, size_drop: int) -> float:
-    """Share of a pool block that the lighter of the two groups leaves unused."""
+    """Share of a pool block that the lighter group leaves unused."""
     heavy, light = sorted((num_always_on * size_on, num_drop * size_drop), reverse=True)
     return 1 - light / heavy
 
 
 MAX_WASTE = 0.03
-MAX_UNITS = 64  # no block longer than 64 kernel units (2,048 tokens on CPU)
+MAX_UNITS = 64  # no block is longer than 64 kernel units (2,048 tokens on CPU)

@@ -1,12 +1,12 @@
-"""Which layers drop: rho to a number of layers, and the named choices (Sec. III-B, IV-C)."""
+"""Choice of the layers that drop: how many (rho), and which, by name (Sec. III-B, IV-C)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-HEAD_LAYERS = 3  # the first layers of a model always run
-TAIL_LAYERS = 1  # and so does the last
+HEAD_LAYERS = 3  # the first layers of a model, which always run
+TAIL_LAYERS = 1  # the last one, which always runs too
 
 CHOICES: tuple[str, ...] = ("contiguous", "uniform")
 
@@ -17,18 +17,18 @@ def eligible_layers(num_layers: int) -> list[int]:
 
 
 def num_drop_layers(rho: float, num_layers: int) -> int:
-    """|D| = floor(rho * S + 1/2), with S the number of eligible layers."""
+    """Number of drop layers, |D| = floor(rho * S + 1/2), with S the number of eligible layers."""
     return math.floor(rho * len(eligible_layers(num_layers)) + 0.5)
 
 
 def choose_layers(choice: str, count: int, candidates: Sequence[int]) -> list[int]:
-    """Pick `count` of `candidates` by name, without similarity scores.
+    """Picks `count` of `candidates` by name, without similarity scores.
 
-    `uniform` spaces them evenly; `contiguous` takes the middle run (lower index on a tie), where
-    neighbouring tokens are most alike in the models profiled so far.
+    `uniform` spaces them evenly. `contiguous` takes the middle run (lower index on a tie): in the
+    models profiled so far, neighbouring tokens are most alike there.
 
     Raises:
-        ValueError: unknown choice or more layers than candidates.
+        ValueError: the choice is unknown, or there are fewer candidates.
     """
     if count > len(candidates):
         raise ValueError(f"cannot choose {count} of {len(candidates)} candidate layers")
@@ -44,10 +44,10 @@ def choose_layers(choice: str, count: int, candidates: Sequence[int]) -> list[in
 def rank_layers(
     choice: str, count: int, candidates: Sequence[int], scores: Sequence[float]
 ) -> list[int]:
-    """Pick `count` of `candidates` by the scores of all layers (Sec. IV-C); lower index on a tie.
+    """Picks `count` of `candidates` by the scores of all layers (Sec. IV-C); lower index on a tie.
 
-    `contiguous` takes the run of candidates with the highest mean score, `uniform` looks at none,
-    and any other choice, named after what the scores are, takes the highest.
+    `contiguous` takes the run of candidates with the highest mean score. `uniform` ignores the
+    scores. Any other choice is the name of a score and takes the candidates that score highest.
     """
     ordered = sorted(candidates)
     if choice == "uniform":

@@ -1,4 +1,4 @@
-"""What a drop layer keeps between steps: the four `reuse` rules and the injection points."""
+"""What a drop layer keeps between steps: `reuse` rules, injection points, KV modes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """One rule of x_t^i = beta * x_t^{i-1} + c_i + scale * B_i A_i x_t^{i-1}.
+    """One rule for c_i in x_t^i = beta * x_t^{i-1} + c_i + scale * B_i A_i x_t^{i-1}.
 
     Attributes:
         beta: weight of the layer's own input
@@ -34,8 +34,8 @@ REUSE: dict[str, Reuse] = {
     "none": Reuse(beta=1.0, keeps_state=False, writes_back=False, difference=False),
 }
 
-# Injection points: the parts of a drop layer that carry a state and an adapter of their own, in
-# the order they run. The empty name is the whole block.
+# Injection points: the sites of a drop layer, each with a state and an adapter of its own, in the
+# order that they run. The empty name is the whole layer.
 SITES: dict[str, tuple[str, ...]] = {"block": ("",), "attn_mlp": ("attn", "mlp")}
 
 KV_MODES: tuple[str, ...] = ("skip", "write")

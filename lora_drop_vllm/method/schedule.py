@@ -1,7 +1,7 @@
-"""When layers drop: the kind of every engine step and each request's place in its cycle.
+"""When layers drop: the kind of each engine step, and each request's place in its cycle.
 
-The only code that decides a step's kind. It knows nothing of an engine: the scheduler hook
-feeds it what was scheduled and sends the resulting `StepPlan` to the workers.
+No other code decides a step's kind. This code knows no engine: the scheduler hook tells it what
+was scheduled, and sends the resulting `StepPlan` to the workers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CHUNKED_WAIT = 2  # steps; the fewest that a prompt of several chunks takes
 
 
 class StepKind(enum.Enum):
-    """Whether all layers run (`FULL`) or drop layers run the low-rank update (`LORA`)."""
+    """The kind of a step: all layers run (`FULL`), or drop layers run the update (`LORA`)."""
 
     FULL = "full"
     LORA = "lora"
@@ -23,7 +23,7 @@ class StepKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class RequestPhase:
-    """What one scheduled request brings to the decision of the step's kind."""
+    """What the decision of a step's kind needs to know of one scheduled request."""
 
     has_prompt_tokens: bool
     phase: int  # LoRA steps since its last full step
@@ -71,7 +71,7 @@ class Row:
     """One request of a step, as the workers need it.
 
     Attributes:
-        slot: row of the state buffers that belongs to the request
+        slot: the request's row in the state buffers
         cache_len: tokens in the drop layers' compacted KV list before the step
         num_tokens: query tokens of the request in this step
     """
@@ -91,7 +91,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A request as scheduled for one step: tokens [position, position + num_tokens)."""
+    """A request as scheduled for one step, with tokens [position, position + num_tokens)."""
 
     request_id: str
     position: int
@@ -100,7 +100,7 @@ class Scheduled:
 
 @dataclass(slots=True)
 class StepTotals:
-    """Running totals since start-up; slots are counted per drop-layer group, not per layer."""
+    """Totals since start-up; KV slots are counted once for all drop layers, not per layer."""
 
     full_steps: int = 0
     lora_steps: int = 0
@@ -119,10 +119,10 @@ class _Tracked:
 
 @dataclass
 class PhaseTracker:
-    """Phase, state slot and KV holes of every request between admission and release.
+    """The phase, state slot and KV holes of each request from admission to release.
 
     Args:
-        max_requests: requests that may run at once; the number of state slots
+        max_requests: number of requests that may run at once, and of state slots
         kv_skips: whether LoRA steps leave holes in the drop layers' KV (`kv: skip`)
     """
 
@@ -139,25 +139,25 @@ class PhaseTracker:
         return request_id in self._tracked
 
     def admit(self, request_id: str, k: int, prompt_end: int) -> None:
-        """Start a request (again): phase 0, no holes, a state slot of its own.
+        """Starts a request, or restarts it: phase 0, no holes, a state slot of its own.
 
-        Its tokens up to `prompt_end` are all known now, so they are computed as a prompt.
+        Its tokens up to `prompt_end` are known by now, so they are computed as a prompt.
         """
         assert request_id not in self._tracked, f"{request_id} was admitted twice"
         self._tracked[request_id] = _Tracked(self._free_slots.pop(), k, prompt_end)
 
     def release(self, request_id: str) -> None:
-        """Forget a request that ended or was preempted; unknown ids are ignored."""
+        """Forgets a request that ended or was preempted; unknown ids are ignored."""
         if tracked := self._tracked.pop(request_id, None):
             self._free_slots.append(tracked.slot)
 
     def holes(self, request_id: str) -> int:
-        """Tokens of the request that own no KV slot in the drop layers."""
+        """Number of the request's tokens without a KV slot in the drop layers."""
         tracked = self._tracked.get(request_id)
         return tracked.holes if tracked else 0
 
     def prompt_end(self, request_id: str, default: int) -> int:
-        """End of the positions computed as a prompt; `default` before the request's admission."""
+        """End of the positions computed as a prompt; `default` if the request is not admitted."""
         tracked = self._tracked.get(request_id)
         return tracked.prompt_end if tracked else default
 
@@ -167,9 +167,9 @@ class PhaseTracker:
         return RequestPhase(in_prompt, tracked.phase, tracked.k)
 
     def advance(self, scheduled: Iterable[Scheduled]) -> StepPlan:
-        """Decide the kind of a step, plan its rows and move every request's phase on."""
+        """Decides the kind of a step, plans its rows and advances each request's phase."""
         batch = [(s, self._tracked[s.request_id]) for s in scheduled]
-        # a step of several tokens can only be a prompt's, whatever the engine calls it
+        # several tokens can only come from a prompt, whatever the engine calls them
         kind = step_kind(
             RequestPhase(s.position < t.prompt_end or s.num_tokens != 1, t.phase, t.k)
             for s, t in batch

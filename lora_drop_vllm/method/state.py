@@ -1,4 +1,4 @@
-"""What a worker keeps: the state vectors c_i by request slot, and the step at hand."""
+"""What a worker keeps: the state vectors c_i by request slot, and the current step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lora_drop_vllm.method.schedule import Row, StepKind, StepPlan
 
 
 class StepState:
-    """States of all drop layers and the translation of a step's plan into row indices.
+    """States of all drop layers, and a step's plan translated into row indices.
 
-    The buffers are allocated once and written in place, so compiled code may hold on to them.
+    The buffers are allocated once and written in place, so compiled code may keep references.
 
     Attributes:
-        states: [n_sites, max_requests, d]  c_i of each site (one a drop layer, or two with
-            `injection: attn_mlp`) by request slot, in the model's dtype
-        slots: [max_tokens]  for each token row of the step: in a LoRA step the slot of its
-            request; in a full step that slot on the request's last token; -1 on every other row
-        counts: engine steps run by kind, taken where the model is called (the witness that LoRA
+        states: [n_sites, max_requests, d]  c_i of each site by request slot, in the model's dtype;
+            a drop layer has one site, or two with `injection: attn_mlp`
+        slots: [max_tokens]  the slot that each token row of the step owns, or -1: in a LoRA step
+            each row owns its request's slot, in a full step only the request's last row does
+        counts: engine steps run by kind, counted where the model is called (the witness that LoRA
             steps really happen)
     """
 
@@ -43,35 +43,35 @@ class StepState:
 
     @property
     def kind(self) -> StepKind:
-        """Kind of the step at hand; outside a step (profiling, warm-up) all layers run."""
+        """Kind of the current step; outside a step (profiling, warm-up) all layers run."""
         return self._plan.kind if self._plan else StepKind.FULL
 
     @property
     def in_step(self) -> bool:
-        """Whether a planned step, or the rehearsal of one, is at hand."""
+        """True during a planned step or the rehearsal of one."""
         return self._plan is not None
 
     def begin(self, plan: StepPlan, order: Callable[[], Sequence[str]]) -> None:
-        """Take up a step's plan.
+        """Begins a step under its plan.
 
         Args:
             plan: from the scheduler
-            order: tells the batch's request ids in its order, once the runner has settled it
+            order: returns the request ids in the order of the batch, once the runner has fixed it
         """
         self._plan, self._order, self._rows = plan, order, None
 
     def rehearse(self, kind: StepKind) -> None:
-        """Take up a step of the given kind without requests, for a CUDA graph to be captured."""
+        """Begins a step of the given kind without requests, to capture a CUDA graph."""
         self._plan, self._rows = StepPlan(kind, {}), []
 
     def end(self) -> None:
-        """The step is over: drop its plan."""
+        """Ends the step and drops its plan."""
         self._plan, self._rows = None, None
 
     def rows(self) -> Sequence[Row]:
-        """The planned rows in the batch's order; none outside a step.
+        """The planned rows in the order of the batch; none outside a step.
 
-        The first call in a step also points `slots` at them; outside of one no row owns a slot.
+        The first call in a step also sets `slots`; outside a step no row owns a slot.
         """
         if self._plan is None:
             self.slots[: self._dirty].fill_(-1)
@@ -83,7 +83,7 @@ class StepState:
         return self._rows
 
     def ran(self, kind: StepKind) -> None:
-        """Count the step at hand as run, unless it was a rehearsal.
+        """Counts the current step as run, unless it is a rehearsal.
 
         Raises:
             RuntimeError: it ran as another kind than planned.

@@ -25,6 +25,31 @@ def test_a_lost_seam_stops_with_the_file_to_port() -> None:
         check_seams([lost])
 
 
+def test_lost_switches_of_partial_prefix_hits_stop_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    from lora_drop_vllm.engine.kv_cache import allow_partial_prefix_hits
+
+    manager = object.__new__(FullAttentionManager)
+    coordinator = object.__new__(HybridKVCacheCoordinator)
+    coordinator.single_type_managers, coordinator.hash_block_size = (manager,), 16
+    with pytest.raises(
+        RuntimeError,
+        match=r"FullAttentionManager lost \['cache_hit_alignment_tokens'\]; engine/kv_c",
+    ):
+        allow_partial_prefix_hits(coordinator)
+    manager.cache_hit_alignment_tokens = 48
+    allow_partial_prefix_hits(coordinator)
+    assert coordinator.enable_partial_hash_hits and manager.cache_hit_alignment_tokens == 16
+    del coordinator.enable_partial_hash_hits
+    monkeypatch.delattr(KVCacheCoordinator, "enable_partial_hash_hits")
+    with pytest.raises(RuntimeError, match=r"Coordinator lost \['enable_partial_hash_hits'\]; eng"):
+        allow_partial_prefix_hits(coordinator)
+
+
 def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_drop_vllm.engine import plugin
 

@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not here, and none needs more than a GPU has."""
+"""All kernels compile for GPUs, here without one, and none needs more than the GPU has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton.backends.nvidia.compiler")
 
 KERNELS = ("_compact_slots", "_run", "_save_changes", "_save_stream", "_shrink", "_update")
-SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a block may have
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes of shared memory that a block may have
 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.matrix)])

@@ -1,4 +1,4 @@
-"""Around the update: states and KV slots of a full step, operators, launch table, CUDA graphs."""
+"""States and KV slots of a full step, the operators, the launch table, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NAN = float("nan")
 @pytest.mark.parametrize("sites", [1, 3])
 @pytest.mark.parametrize("run", [reference, triton_state], ids=["reference", "triton"])
 def test_states_of_a_full_step(T: int, d: int, dtype: torch.dtype, sites: int, run: Any) -> None:
-    """The streams in front of the sites, then the changes between; nothing else is touched."""
+    """First the streams before the sites are saved, then their changes; nothing else changes."""
     save_stream, save_changes = (
         getattr(run, name, None) or getattr(run, f"{name}_triton")
         for name in ("save_stream", "save_changes")
@@ -87,7 +87,7 @@ def test_compact_slots(
     slots = ints([-7] * (total + tail), torch.int64)
     seq_lens = ints([-7] * len(lens))
     starts = ints([sum(lens[:i]) for i in range(len(lens) + 1)])
-    # a wider table, as vLLM's: what lies behind a request's last block must not matter
+    # a wider table, like vLLM's: what follows a request's last block must not matter
     wide = ints(torch.cat([table, torch.full((len(lens), 5), -(10**6))], 1).tolist())
     table_view = wide[:, : blocks + 2]
     compact = {
@@ -186,13 +186,13 @@ def test_operators_take_the_whole_slot_buffer() -> None:
 
 @pytest.mark.parametrize("name", ops.OPERATORS)
 def test_both_implementations_of_an_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CUDA gets is Triton, takes the same arguments and does the same; here by hand."""
+    """The CUDA side runs Triton, takes the same arguments and has the same effect."""
 
     def outcome(run: Any) -> list[Tensor]:
         torch.manual_seed(1)
         given = op_arguments(name)
         result = run(*given)
-        if result is not None:  # of rows that own a slot; the others hold no meaning
+        if result is not None:  # rows that own no slot hold no meaning
             result = result[given[2][: len(result)] >= 0]
         return [value for value in (*given, result) if isinstance(value, Tensor)]
 
@@ -237,7 +237,7 @@ def test_cuda_tensors_take_the_triton_kernels(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("d", [576, 4096])
 @pytest.mark.parametrize("T", [1, 4, 33])
 def test_replaying_a_cuda_graph(T: int, d: int, layers: int) -> None:
-    """A captured update follows what its buffers hold at the replay: slots, states and x."""
+    """A captured update uses what its buffers hold at the replay: slots, states and x."""
     given = make_inputs(T, d, 16, torch.bfloat16, layers=layers)
     x, state, slots, A, B = (given[key].nan_to_num() for key in ("x", "states", "slots", "A", "B"))
     call = ops.drop_run_back
@@ -262,7 +262,7 @@ def test_replaying_a_cuda_graph(T: int, d: int, layers: int) -> None:
 
 @pytest.mark.gpu
 def test_sanitized_kernels() -> None:
-    """Every kernel once, on odd sizes: to be run under compute-sanitizer."""
+    """Every kernel once, on odd sizes; run it under compute-sanitizer."""
     given = make_inputs(17, 577, 17, torch.bfloat16, layers=2)
     for launch in RUN_LAUNCHES.values():
         drop_run(**with_update(given, writes_back=True), launch=launch)

@@ -1,4 +1,4 @@
-"""Triton against the reference: odd sizes, each dtype, NaN where nothing may be read or left."""
+"""Triton against the reference at odd sizes, in each dtype, with NaN wherever a read is wrong."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lora_drop_vllm.kernels.reference import Update
 
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan() -> Iterator[None]:
-    """torch.empty gives NaN, so that a read of what nothing has written shows."""
+    """torch.empty returns NaN, so that a read of unwritten memory shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -95,7 +95,7 @@ def test_drop_run_matches_reference(
     T, d, r = size
     beta, stateful, writes_back = RULES[rule]
     given = make_inputs(T, d, r, dtype, layers=3)
-    for name in ("x", "states"):  # small: one layer's last place must stay below the tolerance
+    for name in ("x", "states"):  # small, so that one layer's rounding stays below the tolerance
         given[name].mul_(0.25)
     states = [framed(given["states"]) for _ in range(2)]
     x = given["x"].clone()
@@ -152,7 +152,7 @@ def test_a_run_is_a_loop_of_updates_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("launch", RUN_LAUNCHES)
 def test_every_layer_of_a_run_is_rounded_once(launch: str) -> None:
-    """Integers, whose fp32 sums are exact in any order: all that differs is where one rounds."""
+    """Integers have exact fp32 sums in any order, so only the place of rounding can differ."""
     layers, T, d, r = 3, 2, 96, 16
 
     def integers(most: int, *shape: int) -> Tensor:
@@ -168,14 +168,14 @@ def test_every_layer_of_a_run_is_rounded_once(launch: str) -> None:
     want = reference.drop_run(**arguments)
     assert torch.equal(drop_run(**arguments, launch=RUN_LAUNCHES[launch]), want)
     x = given["x"].float()
-    for i in range(layers):  # not rounded in between, the result is another
+    for i in range(layers):  # without rounding in between, the result differs
         low = x @ given["A"][i].float().T
         x = x + given["states"][i] + 0.125 * low @ given["B"][i].float().T
     assert not torch.equal(x.bfloat16(), want)
 
 
 def test_the_sum_is_rounded_once() -> None:
-    """In bf16, fp32 accumulation and one rounding is not the same as rounding at each step."""
+    """In bf16, one rounding after fp32 accumulation is not the same as one per operation."""
     given = one_layer(make_inputs(1, 256, 16, torch.bfloat16))
     exact = (
         given["x"].double()
@@ -189,7 +189,7 @@ def test_the_sum_is_rounded_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_low_is_not_rounded(dtype: torch.dtype, launch: str) -> None:
-    """What is left when c_i = -B low, with low as the dtype has it, is the rounding of low."""
+    """With c_i = -B low and low rounded to the dtype, the result is the rounding error of low."""
     given = one_layer(make_inputs(1, 128, 1, dtype))
     given["B"] = torch.ones_like(given["B"])
     low = given["x"].double() @ given["A"].double().T

@@ -1,4 +1,4 @@
-"""Adapters and settings that anybody may have made: only our own errors, nothing read elsewhere.
+"""Adapters and settings from strangers raise only our own errors; nothing else is read.
 
 `make test` tries thousands of inputs, `make fuzz` 100,000.
 """
@@ -30,7 +30,7 @@ from lora_drop_vllm.method.adapter import (
     save_adapter,
 )
 
-INPUTS = 500  # of each of four kinds
+INPUTS = 500  # of each of the four kinds
 MODEL = BaseModel("llama", 8, 16)
 CONFIG = AdapterConfig("base", MODEL, 2, 4.0, 0.5, 3, [3, 5], "update", "skip", "block")
 TENSORS = {name: torch.ones(shape) for name, shape in CONFIG.sites.shapes().items()}
@@ -61,7 +61,7 @@ VALUES = STRANGE | st.recursive(
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes flipped, cut off, repeated or put in between."""
+    """The content with bytes flipped, removed, repeated or inserted."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)) | st.integers(0, 200))
@@ -79,7 +79,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def configs(draw: st.DrawFn) -> bytes:
-    """A valid config with keys changed, then perhaps damaged as text."""
+    """A valid config with changed keys, some of them also damaged as text."""
     raw: dict[str, Any] = json.loads(json.dumps(CONFIG, default=vars))
     for _ in range(draw(st.integers(0, 3))):
         inside = draw(st.booleans()) and isinstance(raw.get("base_model"), dict)
@@ -98,7 +98,7 @@ def configs(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def tensor_files(draw: st.DrawFn) -> bytes:
-    """A valid file with its header's entries changed, NaN in its data, or another length."""
+    """A valid file with changed header entries, NaN in its data, or another length."""
     if draw(st.booleans()):
         return draw(damaged(TENSOR_BYTES))
     (length,) = struct.unpack("<Q", TENSOR_BYTES[:8])
@@ -139,7 +139,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def accepts(given_settings: Any) -> bool:
-    """Whether the door takes the settings; any error but ours goes through."""
+    """True if the settings are accepted; errors other than ours are raised."""
     try:
         resolve(given_settings, MODEL)
     except (AdapterError, LoRADropConfigError):

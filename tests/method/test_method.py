@@ -95,7 +95,7 @@ def test_slots_point_at_the_last_row_of_each_request() -> None:
     state.end()
     state.begin(StepPlan(LORA, {"c": Row(1, 2, 1)}), lambda: ["c"])
     state.rows()
-    assert state.slots.tolist() == [1] + 15 * [-1]  # nothing is left of the step before
+    assert state.slots.tolist() == [1] + 15 * [-1]  # nothing of the step before is left
     state.end()
     assert state.kind is FULL and not state.in_step
     assert state.rows() == () and state.slots.eq(-1).all()

@@ -1,4 +1,4 @@
-"""Compile every kernel for a GPU where there is none, as the launch table has it; print what for.
+"""Compiles every kernel for a GPU, without one, in the launches of the table; prints them.
 
 python build_kernels.py 90        (an H100 or H200; 80: an A100)
 """
@@ -25,7 +25,7 @@ built: dict[str, dict[str, Any]] = {}  # by hash
 
 
 def stand_in(capability: int) -> Any:
-    """As much of a driver as choosing and compiling a kernel asks for."""
+    """The part of a driver that is needed to choose and compile a kernel."""
     return SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
@@ -35,7 +35,7 @@ def stand_in(capability: int) -> Any:
 
 
 def compile_only(capability: int) -> None:
-    """Let every launch end with its compiled kernel."""
+    """Makes every launch stop after its kernel is compiled."""
     run = JITFunction.run
 
     def compiled(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +50,7 @@ def compile_only(capability: int) -> None:
 
 
 def spilled_bytes(ptx: str, capability: int) -> int:
-    """What the registers of a thread do not hold."""
+    """Bytes that do not fit into the registers of a thread."""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target
     with tempfile.TemporaryDirectory() as scratch:
@@ -64,7 +64,7 @@ def spilled_bytes(ptx: str, capability: int) -> int:
 
 
 def launch_all(dtype: torch.dtype, rows: int, d: int, r: int, layers: int, rule: str) -> None:
-    """A LoRA step and a full step of one run of drop layers."""
+    """Launches the kernels of a LoRA step and of a full step of one run of drop layers."""
     from lora_drop_vllm.kernels.reference import Update
     from lora_drop_vllm.kernels.triton_run import drop_run_triton
     from lora_drop_vllm.kernels.triton_state import save_changes_triton, save_stream_triton
@@ -82,7 +82,7 @@ def launch_all(dtype: torch.dtype, rows: int, d: int, r: int, layers: int, rule:
 
 
 def main() -> None:
-    """Compile, print one JSON line."""
+    """Compiles all kernels and prints one JSON line."""
     capability = int(sys.argv[1])
     triton.runtime.driver.set_active(stand_in(capability))
     compile_only(capability)
@@ -90,7 +90,7 @@ def main() -> None:
 
     ints = torch.arange(4, dtype=torch.int32)
     compact_slots_triton(ints, ints[:3], ints[:3, None], torch.arange(5), ints[:3].clone(), 16)
-    # rows, d, r, layers: each way that the launch table knows
+    # rows, d, r, layers: one case for each kind of launch in the table
     sizes = [
         (1, 4096, 16, 1),
         (1, 576, 16, 13),

@@ -1,4 +1,4 @@
-"""Kernels under test, sizes and launches, and memory in which a wrong read or write shows."""
+"""Kernels under test, sizes, launches, and memory in which a wrong read or write shows."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ FRAME = 64
 
 
 def with_rules(*axes: Any) -> list[Any]:
-    """All combinations of the axes, each with one of the rules in turn."""
+    """All combinations of the axes; the rules take turns."""
     return [(*case, rule) for case, rule in zip(product(*axes), cycle(RULES))]
 
 
 def framed(values: Tensor) -> Tensor:
-    """The same values with NaN in front of and behind them in memory."""
+    """The same values, with NaN before and after them in memory."""
     around = torch.full((values.numel() + 2 * FRAME,), float("nan"), dtype=values.dtype)
     inside = around.to(DEVICE)[FRAME:-FRAME].view(values.shape)
     return inside.copy_(values)
@@ -63,7 +63,7 @@ def frame_is_intact(values: Tensor) -> bool:
 
 
 def make_inputs(T: int, d: int, r: int, dtype: torch.dtype, layers: int = 1) -> dict[str, Any]:
-    """Inputs of a run; row 1 is padding, and every state that no row owns is NaN."""
+    """Inputs of a run; row 1 is padding, and each state that no row owns is NaN."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape)
@@ -95,14 +95,14 @@ def one_layer(given: dict[str, Any]) -> dict[str, Any]:
 def with_update(
     given: dict[str, Any], scale: float = 0.5, beta: float = 1.0, writes_back: bool = False
 ) -> dict[str, Any]:
-    """A kernel's arguments: A and B as part of an update."""
+    """A kernel's arguments, with A and B as part of an update."""
     rest = {name: value for name, value in given.items() if name not in ("A", "B")}
     return rest | {"update": Update(given["A"], given["B"], scale, beta, writes_back)}
 
 
 @pytest.fixture(autouse=True)
 def bf16_is_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: Triton's interpreter cuts the last bits off."""
+    """Rounds as a GPU does; Triton's interpreter would cut the last bits off."""
     if DEVICE == "cuda":
         return
     from triton.runtime import interpreter
