@@ -11,8 +11,6 @@ themselves; `lora-drop evaluate --json` keeps those.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from pathlib import Path
 
 from support import record
@@ -32,19 +30,17 @@ def main() -> None:
         concurrency=given.concurrency,
         run_code=given.run_code,
     )
-    tasks = [str(path) for path in given.tasks]
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "report.json"
-        asked = dict(tasks=tasks, limit=given.limit, decoding=decoding, out=out)
-        print(evaluate(given.model, given.adapter, **asked))
-        report = json.loads(out.read_text())
+    result = evaluate(
+        given.model, given.adapter, tasks=given.tasks, limit=given.limit, decoding=decoding
+    )
+    print(result)
     about = {
         "model": model_name(given.model),
         "adapter": f"{given.adapter.parent.name}/{given.adapter.name}",
         **{name: getattr(given, name) for name in ("dtype", "limit", "num_fewshot", "max_tokens")},
         "concurrency": given.concurrency,
     }
-    for found in report["decoded"]:
+    for found in result.report()["decoded"]:
         del found["answers"]
         record.write("answers", about | {"task": found.pop("task")}, found)
 

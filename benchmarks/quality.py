@@ -22,7 +22,7 @@ from typing import Any
 from support import record
 from tqdm import tqdm
 
-from lora_drop_vllm.cli.flags import layer_numbers
+from lora_drop_vllm.cli.values import layer_numbers
 from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.pretrained import model_name, open_model
 from lora_drop_vllm.decode.trainable import Adapter

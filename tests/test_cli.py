@@ -43,13 +43,6 @@ def test_check_refuses_a_pair_that_does_not_fit(
     assert "made for another model" in error and len(error.splitlines()) == 1
 
 
-def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "check", "cost", "profile", "fit", "train", "evaluate"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-        assert "examples:" in capsys.readouterr().out
-
-
 @pytest.mark.model
 def test_the_bundled_adapter_follows_the_base_model_more_closely(real_model: Path) -> None:
     """Teacher-forced through the oracle, on text of our own."""

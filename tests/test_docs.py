@@ -14,7 +14,7 @@ PAGES += sorted((ROOT / "adapters").glob("*.md"))
 FOLDERS = ("lora_drop_vllm", "kernels", "tests", "benchmarks", "docs", "adapters", "docker")
 FOLDERS += ("requirements",)
 PATH = re.compile(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./-]*)")
-FILE = re.compile(r"`([\w-]+\.(?:py|md|sh|toml|txt))`")
+FILE = re.compile(r"`([\w-]+\.(?:py|md|sh|toml))`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"^    .+$|`[^`\n]+`", re.MULTILINE)
 

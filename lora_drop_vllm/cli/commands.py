@@ -1,18 +1,20 @@
-"""The commands of `lora-drop`: each calls what does the work, imported when it is asked for.
+"""What each command of `lora-drop` does: calls the function behind it and prints what it returns.
 
-They return the exit status.
+They return the exit status. Imports stand in the functions: most of them load torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-from dataclasses import fields
+import json
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
-LM_EVAL_EXAMPLES = """lm-eval's own command, which then knows the model lora_drop
+LM_EVAL_HELP = """lm-eval's own command, with the model lora_drop added
 
-its flags: lora-drop lm-eval run --help
+lm-eval's flags: lora-drop lm-eval run --help
 --model_args: pretrained=MODEL, adapter=DIR, k=N (default: the adapter's; 0 is the base model), and
 those of lm-eval's model hf, such as dtype=float32
 
@@ -24,121 +26,100 @@ examples:
 """
 
 
-def _settings(arguments: argparse.Namespace, **given: Any) -> Any:
-    from lora_drop_vllm.training.settings import Settings
-
-    flags = {f.name for f in fields(Settings)} & vars(arguments).keys()
-    return Settings(**{**{name: getattr(arguments, name) for name in flags}, **given})
+def _flags(arguments: argparse.Namespace, of: Callable[..., Any]) -> dict[str, Any]:
+    """The flags that are parameters of a dataclass or function, by name."""
+    given = vars(arguments)
+    return {name: given[name] for name in signature(of).parameters if name in given}
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
-    """The quick start."""
+    """Serves the real model and measures it."""
     from lora_drop_vllm.cli import demo
 
-    demo.run(demo.settings(arguments), arguments.tokens, arguments.port)
+    settings = demo.settings(**_flags(arguments, demo.settings))
+    demo.run(settings, **_flags(arguments, demo.run))
     return 0
 
 
-def run_fit(arguments: argparse.Namespace) -> int:
-    """An adapter in closed form."""
-    from lora_drop_vllm.training.fit import fit
+def run_check(arguments: argparse.Namespace) -> int:
+    """Checks that an adapter fits a model."""
+    from lora_drop_vllm.cli.check import check
 
-    settings = _settings(arguments)
-    print(fit(arguments.model, arguments.corpus, settings, arguments.out, arguments.profile))
-    return 0
-
-
-def run_train(arguments: argparse.Namespace) -> int:
-    """An adapter by gradients."""
-    from lora_drop_vllm.training.gradient import Plan
-    from lora_drop_vllm.training.trainer import train
-
-    print(
-        train(
-            arguments.model,
-            arguments.corpus,
-            _settings(arguments),
-            Plan(**{f.name: getattr(arguments, f.name) for f in fields(Plan)}),
-            arguments.out,
-            start=arguments.start,
-            profile=arguments.profile,
-            plots=arguments.plots,
-        )
-    )
-    return 0
-
-
-def run_profile(arguments: argparse.Namespace) -> int:
-    """Which layers may drop."""
-    from lora_drop_vllm.training.profiler import profile
-
-    report = profile(
-        arguments.model,
-        arguments.corpus,
-        _settings(arguments, rho=None),
-        arguments.out,
-        criterion=arguments.criterion,
-        distances=arguments.distances,
-        rhos=arguments.rho,
-        plots=arguments.plots,
-    )
-    print(report)
-    return 0
-
-
-def run_evaluate(arguments: argparse.Namespace) -> int:
-    """Quality beside the base model."""
-    from lora_drop_vllm.evaluation.evaluate import evaluate
-    from lora_drop_vllm.evaluation.served_answers import Decoding
-
-    report = evaluate(
-        arguments.model,
-        arguments.adapter,
-        text=arguments.text,
-        tasks=[name for name in arguments.tasks.split(",") if name],
-        data=arguments.data,
-        limit=arguments.limit,
-        decoding=Decoding(**{f.name: getattr(arguments, f.name) for f in fields(Decoding)}),
-        out=arguments.json,
-    )
-    print(report)
+    result = check(arguments.model, arguments.adapter)
+    print(json.dumps(result.report()) if arguments.json else result)
     return 0
 
 
 def run_cost(arguments: argparse.Namespace) -> int:
-    """KV and ideal speed over rho and k."""
+    """Computes KV and ideal speed over rho and k."""
     from lora_drop_vllm.cli.cost import cost
+    from lora_drop_vllm.plots import plot_saving, require_matplotlib
 
-    report = cost(
-        arguments.model,
-        arguments.rho,
-        arguments.k,
-        prompt=arguments.prompt,
-        tokens=arguments.tokens,
-        dtype=arguments.dtype,
-        out=arguments.json,
-        plot=arguments.plot,
-    )
-    print(report)
+    if arguments.plot:
+        require_matplotlib("--plot")
+    result = cost(**_flags(arguments, cost))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result.report(), indent=2) + "\n")
+    if arguments.plot:
+        plot_saving(result.curves(), [], arguments.plot)
+    print(result)
+    return 0
+
+
+def run_fit(arguments: argparse.Namespace) -> int:
+    """Fits an adapter in closed form."""
+    from lora_drop_vllm.training.fit import fit
+    from lora_drop_vllm.training.settings import Settings
+
+    settings = Settings(**_flags(arguments, Settings))
+    print(fit(settings=settings, **_flags(arguments, fit)))
+    return 0
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Trains an adapter by gradients."""
+    from lora_drop_vllm.training.gradient import Plan
+    from lora_drop_vllm.training.settings import Settings
+    from lora_drop_vllm.training.trainer import train
+
+    settings = Settings(**_flags(arguments, Settings))
+    plan = Plan(**_flags(arguments, Plan))
+    print(train(settings=settings, plan=plan, **_flags(arguments, train)))
+    return 0
+
+
+def run_profile(arguments: argparse.Namespace) -> int:
+    """Measures which layers may drop."""
+    from lora_drop_vllm.training.profiler import profile
+    from lora_drop_vllm.training.settings import Settings
+
+    settings = Settings(**_flags(arguments, Settings))
+    print(profile(settings=settings, **_flags(arguments, profile)))
+    return 0
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Scores an adapter beside its base model."""
+    from lora_drop_vllm.evaluation.evaluate import evaluate
+    from lora_drop_vllm.evaluation.served_answers import Decoding
+
+    given = _flags(arguments, evaluate) | {
+        "tasks": [name for name in arguments.tasks.split(",") if name],
+        "decoding": Decoding(**_flags(arguments, Decoding)),
+        "out": arguments.json,
+    }
+    print(evaluate(**given))
     return 0
 
 
 def run_lm_eval(arguments: argparse.Namespace) -> int:
-    """lm-eval's own command, which then knows our model."""
+    """Runs lm-eval's own command, with our model added."""
     if arguments.arguments in ([], ["-h"], ["--help"]):
-        print(LM_EVAL_EXAMPLES, end="")
+        print(LM_EVAL_HELP, end="")
         return 0
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-eval: not installed; pip install 'lora_drop_vllm[eval]'")
     from lora_drop_vllm.evaluation.lm_eval_model import run
 
     run(arguments.arguments)
-    return 0
-
-
-def run_check(arguments: argparse.Namespace) -> int:
-    """Whether a model and an adapter fit."""
-    from lora_drop_vllm.cli.check import check
-
-    print(check(arguments.model, arguments.adapter, as_json=arguments.json))
     return 0

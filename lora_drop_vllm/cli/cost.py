@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,19 +9,21 @@ from typing import Any
 
 from lora_drop_vllm.method.cost import ideal_speed, kv_slots
 from lora_drop_vllm.method.layers import choose_layers, eligible_layers, num_drop_layers
-from lora_drop_vllm.plots import plot_saving, require_matplotlib
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+RHOS = (0.25, 0.5, 0.75)
+KS = (1, 2, 3, 5)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One request under one setting, `kv: skip`.
+    """One request under one rho and k, with `kv: skip`.
 
     Attributes:
+        drop_layers: number of drop layers
         kv_mb, kv_mb_stock: keys and values of prompt and generated tokens, in 10^6 bytes
         kv_saved: share of the KV of all tokens that is never written
-        ideal_speed: S_ideal if nothing but the layers cost anything and all cost the same
+        ideal_speed: S_ideal if only the layers cost time and all cost the same
     """
 
     rho: float
@@ -34,57 +35,90 @@ class Cost:
     ideal_speed: float
 
 
+@dataclass(frozen=True)
+class CostResult:
+    """What LoRA-Drop would save for one model.
+
+    Attributes:
+        model: as it was named
+        prompt, tokens: length of the prompt, and tokens generated
+        dtype: of the KV cache
+        num_layers: layers of the model
+        rows: one entry per rho and k
+    """
+
+    model: str
+    prompt: int
+    tokens: int
+    dtype: str
+    num_layers: int
+    rows: tuple[Cost, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {self.num_layers} layers, prompt {self.prompt}, {self.tokens} "
+            f"generated, {self.dtype}",
+            f"{'rho':>5}{'k':>4}{'dropped':>9}{'KV MB':>10}{'stock':>10}{'saved':>8}{'ideal':>8}",
+        ]
+        lines += [
+            f"{c.rho:>5.2f}{c.k:>4}{c.drop_layers:>9}{c.kv_mb:>10.2f}{c.kv_mb_stock:>10.2f}"
+            f"{c.kv_saved:>8.1%}{c.ideal_speed:>7.2f}x"
+            for c in self.rows
+        ]
+        return "\n".join(lines)
+
+    def report(self) -> dict[str, Any]:
+        """The JSON object that `lora-drop cost --json` writes."""
+        settings = {name: getattr(self, name) for name in ("model", "prompt", "tokens", "dtype")}
+        return settings | {"rows": [asdict(row) for row in self.rows]}
+
+    def curves(self) -> dict[int, list[tuple[float, float]]]:
+        """Share of the KV saved by rho, for each k."""
+        found: dict[int, list[tuple[float, float]]] = {}
+        for row in self.rows:
+            found.setdefault(row.k, []).append((row.rho, row.kv_saved))
+        return found
+
+
 def cost(
-    model: str,
-    rhos: Sequence[float],
-    ks: Sequence[int],
+    model: str | Path,
+    rhos: Sequence[float] = RHOS,
+    ks: Sequence[int] = KS,
     *,
     prompt: int = 0,
     tokens: int = 32768,
     dtype: str = "bfloat16",
-    out: Path | None = None,
-    plot: Path | None = None,
-) -> str:
-    """A table over rho and k; the same as JSON in `out`, and as a figure in `plot`.
+) -> CostResult:
+    """Computes KV saving and ideal speed over rho and k (Eqs. 7-16), offline.
 
     Args:
         model: folder, or a name in the local Hugging Face cache; only its config is read
+        rhos: shares of the eligible layers that drop, 0 to 1
+        ks: LoRA steps between two full steps, each 1 or more
         prompt, tokens: length of the prompt, and tokens generated
+        dtype: of the KV cache: `bfloat16`, `float16` or `float32`
 
     Raises:
-        ValueError: no such model, or a rho or dtype that cannot be.
+        ValueError: there is no such model, or one of the other values is not allowed.
     """
-    if plot is not None:
-        require_matplotlib("--plot")
-    config = _config(model)
+    for name, value, ok, allowed in (
+        *(("rho", rho, 0 <= rho <= 1, "0 to 1; write 0.25 for a quarter") for rho in rhos),
+        *(("k", k, k >= 1, "1 or more") for k in ks),
+        ("prompt", prompt, prompt >= 0, "0 or more"),
+        ("tokens", tokens, tokens >= 1, "1 or more"),
+        ("dtype", dtype, dtype in BYTES, f"one of {', '.join(BYTES)}"),
+    ):
+        if not ok:
+            raise ValueError(f"--{name} {value}: expected {allowed}")
+    config = _config(str(model))
     per_slot = 2 * config.num_key_value_heads * _head_dim(config) * BYTES[dtype] / 1e6
-    costs = [
-        _cost(config.num_hidden_layers, rho, k, prompt, tokens, per_slot)
-        for rho in rhos
-        for k in ks
-    ]
-    if out is not None:
-        settings = {"model": model, "prompt": prompt, "tokens": tokens, "dtype": dtype}
-        out.write_text(json.dumps(settings | {"rows": [asdict(c) for c in costs]}, indent=2) + "\n")
-    if plot is not None:
-        plot_saving({k: [(c.rho, c.kv_saved) for c in costs if c.k == k] for k in ks}, [], plot)
-    lines = [
-        f"{model}: {config.num_hidden_layers} layers, prompt {prompt}, {tokens} generated, {dtype}",
-        f"{'rho':>5}{'k':>4}{'dropped':>9}{'KV MB':>10}{'stock':>10}{'saved':>8}{'ideal':>8}",
-    ]
-    lines += [
-        f"{c.rho:>5.2f}{c.k:>4}{c.drop_layers:>9}{c.kv_mb:>10.2f}{c.kv_mb_stock:>10.2f}"
-        f"{c.kv_saved:>8.1%}{c.ideal_speed:>7.2f}x"
-        for c in costs
-    ]
-    return "\n".join(lines)
+    n = config.num_hidden_layers
+    rows = tuple(_cost(n, rho, k, prompt, tokens, per_slot) for rho in rhos for k in ks)
+    return CostResult(str(model), prompt, tokens, dtype, n, rows)
 
 
 def _cost(n: int, rho: float, k: int, prompt: int, tokens: int, per_slot: float) -> Cost:
-    eligible = eligible_layers(n)
-    if not 0 <= rho <= 1:
-        raise ValueError(f"--rho {rho}: expected 0 to 1; write 0.25 for a quarter")
-    drop = choose_layers("contiguous", num_drop_layers(rho, n), eligible)
+    drop = choose_layers("contiguous", num_drop_layers(rho, n), eligible_layers(n))
     stock = n * (prompt + tokens)
     held = (n - len(drop)) * (prompt + tokens) + len(drop) * kv_slots(prompt, tokens, k)
     return Cost(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -46,23 +45,29 @@ class Report:
     ideal_speedup: float
 
 
-def settings(arguments: Namespace) -> dict[str, Any]:
-    """The value of `lora_drop` for the demo's command line."""
-    given: dict[str, Any] = {"k": arguments.k}
-    if arguments.rho is not None:
-        given["rho"] = arguments.rho
-    if arguments.untrained or not (arguments.adapter or BUNDLED_ADAPTER.is_dir()):
+def settings(
+    adapter: Path | None = None, untrained: bool = False, rho: float | None = None, k: int = 3
+) -> dict[str, Any]:
+    """Value of `lora_drop` for the demo's flags."""
+    given: dict[str, Any] = {"k": k}
+    if rho is not None:
+        given["rho"] = rho
+    if untrained or not (adapter or BUNDLED_ADAPTER.is_dir()):
         return {"untrained": True, **given}
-    return {"adapter": str(arguments.adapter or BUNDLED_ADAPTER), **given}
+    return {"adapter": str(adapter or BUNDLED_ADAPTER), **given}
 
 
-def run(settings: dict[str, Any], tokens: int, port: int | None = None) -> Report:
-    """Serve the real model under `settings`, stream one answer, measure, print a table.
+def run(settings: dict[str, Any], tokens: int = 64, port: int | None = None) -> Report:
+    """Serves the real model under `settings`, streams one answer, measures, prints a table.
 
     Args:
-        settings: the value of `lora_drop` in `--additional-config`
+        settings: value of `lora_drop` in `--additional-config`
         tokens: length of the answer and of each measured request
-        port: of the server; a free one by default
+        port: port of the server; a free one by default
+
+    Raises:
+        ValueError: settings that cannot be served.
+        RuntimeError: the model could not be fetched, or the server did not start.
     """
     model = real_model()
     config = resolve(settings, BaseModel.of(json.loads((model / "config.json").read_text())))

@@ -1,136 +1,259 @@
-"""Flags that several commands share, and how their values are parsed."""
+"""Flags of each command; their defaults come from the dataclass or function that takes them."""
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser
 from pathlib import Path
 
+from lora_drop_vllm.cli.values import count, flag, layer_numbers, numbers, positive, shares
 
-def model_flags(parser: argparse.ArgumentParser) -> None:
-    """The model, the text, and what an adapter is made for."""
-    parser.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
+MODEL = "model folder, or a name in the local Hugging Face cache"
+
+
+def demo_flags(parser: ArgumentParser) -> None:
+    """Flags of `lora-drop demo`."""
+    from lora_drop_vllm.cli import demo
+
+    of = demo.settings
+    flag(parser, of, "adapter", "adapter folder (default: the bundled one)", type=Path)
+    flag(parser, of, "untrained", "use no adapter: B = 0 and g = 1")
+    flag(
+        parser,
+        of,
+        "rho",
+        "share of the eligible layers that drop (default: the adapter's)",
+        type=float,
+    )
+    flag(parser, of, "k", "LoRA steps between two full steps")
+    flag(parser, demo.run, "tokens", "length of the answer")
+    flag(parser, demo.run, "port", "port of the server (default: a free one)", type=int)
+
+
+def check_flags(parser: ArgumentParser) -> None:
+    """Flags of `lora-drop check`."""
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="adapter folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def cost_flags(parser: ArgumentParser) -> None:
+    """Flags of `lora-drop cost`."""
+    from lora_drop_vllm.cli.cost import BYTES, cost
+
+    parser.add_argument("model", help=MODEL)
+    flag(parser, cost, "rhos", "shares of the eligible layers that drop", "--rho", type=shares)
+    flag(parser, cost, "ks", "LoRA steps between two full steps", "--k", type=numbers)
+    flag(parser, cost, "prompt", "tokens of the prompt", type=count)
+    flag(parser, cost, "tokens", "tokens generated after it", type=positive)
+    flag(parser, cost, "dtype", "dtype of the KV cache", choices=BYTES)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw it (needs matplotlib)")
+
+
+def fit_flags(parser: ArgumentParser) -> None:
+    """Flags of `lora-drop fit`."""
+    from lora_drop_vllm.training.settings import Settings
+
+    _input_flags(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    _adapter_flags(parser)
+    _layer_flags(parser)
+    flag(parser, Settings, "tokens", "tokens of the corpus to read, at most")
+
+
+def train_flags(parser: ArgumentParser) -> None:
+    """Flags of `lora-drop train`."""
+    from lora_drop_vllm.decode.masks import BACKENDS
+    from lora_drop_vllm.training.gradient import Plan
+    from lora_drop_vllm.training.settings import Settings
+    from lora_drop_vllm.training.trainer import train
+
+    _input_flags(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    _adapter_flags(parser)
+    _layer_flags(parser)
+    flag(
+        parser,
+        train,
+        "start",
+        "begin with a fitted adapter (fit), with B = 0 and g = 1 (zero), or with the adapter in a "
+        "folder",
+        "--from",
+        metavar="{fit,zero,DIR}",
+    )
+    flag(parser, Settings, "tokens", "tokens of the corpus that --from fit reads, at most")
+    for name, meaning in (
+        ("steps", "optimizer steps"),
+        ("batch", "rows in a batch, on each device"),
+        ("accumulate", "batches in an optimizer step"),
+        ("lr", "highest learning rate"),
+        ("warmup", "steps until the highest learning rate; then it falls along a cosine"),
+        ("clip", "norm of the gradient, at most"),
+        ("ce", "weight of the next-token cross-entropy"),
+        ("kl", "weight of KL(base || student)"),
+        ("hidden", "weight of the distance of the hidden states"),
+        ("save_every", "steps between two checkpoints"),
+        ("bf16", "compute in bfloat16 where that is safe (autocast)"),
+        ("checkpointing", "recompute layers in the backward pass: less memory, more time"),
+    ):
+        flag(parser, Plan, name, meaning)
+    flag(parser, Plan, "attention", "attention backend", choices=BACKENDS)
+    flag(parser, train, "plots", "also draw the curves (needs matplotlib)")
+
+
+def profile_flags(parser: ArgumentParser) -> None:
+    """Flags of `lora-drop profile`."""
+    from lora_drop_vllm.training.profiler import TOKENS, profile
+    from lora_drop_vllm.training.settings import CRITERIA
+
+    _input_flags(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    flag(
+        parser,
+        profile,
+        "criterion",
+        "kl also fits and drops each layer alone, and up to 8 runs of layers for each --rho; one "
+        "such run takes about as long as `fit`",
+        choices=CRITERIA,
+    )
+    flag(parser, profile, "distances", "token distances of the similarity", type=numbers)
+    flag(
+        parser,
+        profile,
+        "rhos",
+        "shares of the eligible layers to choose drop layers for",
+        "--rho",
+        type=shares,
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=TOKENS,
+        metavar="N",
+        help=f"tokens of the corpus to read, at most (default: {TOKENS})",
+    )
+    _adapter_flags(parser)
+    flag(parser, profile, "plots", "also draw figures (needs matplotlib)")
+
+
+def evaluate_flags(parser: ArgumentParser) -> None:
+    """Flags of `lora-drop evaluate`."""
+    from lora_drop_vllm.evaluation.evaluate import evaluate
+
+    parser.add_argument("model", nargs="?", help=MODEL)
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder")
+    flag(parser, evaluate, "text", "UTF-8 text for perplexity, KL and agreement", type=Path)
+    parser.add_argument(
+        "--tasks",
+        default="",
+        metavar="NAME,...",
+        help="JSONL files, or names of such files in --data, separated by commas",
+    )
+    flag(parser, evaluate, "data", "folder with NAME.jsonl", type=Path)
+    flag(
+        parser,
+        evaluate,
+        "limit",
+        "windows of the text, and questions of each task, at most (default: all)",
+        type=positive,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
+    _decoding_flags(parser)
+
+
+def _decoding_flags(parser: ArgumentParser) -> None:
+    from lora_drop_vllm.evaluation.served_answers import Decoding
+
+    group = parser.add_argument_group(
+        "GSM8K and HumanEval",
+        "A server decodes these tasks: first with k = 0, which is the base model, then with "
+        "LoRA-Drop.",
+    )
+    flag(group, Decoding, "url", "ask this server (default: start one, eager)", type=str)
+    flag(group, Decoding, "dtype", "dtype of the server that is started, as for vLLM")
+    flag(
+        group,
+        Decoding,
+        "num_fewshot",
+        "number of worked examples: the first questions of GSM8K's file",
+        type=count,
+    )
+    flag(group, Decoding, "max_tokens", "tokens of an answer, at most", type=positive)
+    flag(
+        group,
+        Decoding,
+        "concurrency",
+        "requests at a time; more are faster, but bring more full steps",
+        type=positive,
+    )
+    flag(
+        group,
+        Decoding,
+        "run_code",
+        "run the programs that the model writes for HumanEval on this machine, in a sandbox",
+    )
+
+
+def _input_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("model", help=MODEL)
     parser.add_argument(
         "--corpus",
         required=True,
         nargs="+",
-        metavar="FILE",
-        help="plain text, or JSON lines with a field `text` or a chat's `messages`; .gz too; or "
-        "datasets:NAME[:CONFIG[:SPLIT]], a Hugging Face dataset with such a column",
+        metavar="SOURCE",
+        help="text files; .jsonl files whose lines have a field `text`, or `messages` of a chat "
+        "(both also as .gz); or datasets:NAME[:CONFIG[:SPLIT]], a Hugging Face dataset with such "
+        "a column",
     )
-    parser.add_argument("--k", type=int, default=3, help="LoRA steps per full step (default: 3)")
-    parser.add_argument("--rank", type=int, default=16, help="default: 16")
-    parser.add_argument(
-        "--reuse", default="update", help="previous, anchor, update (default), none"
-    )
-    parser.add_argument("--kv", default="skip", help="skip (default) or write")
-    parser.add_argument("--injection", default="block", help="block (default) or attn_mlp")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a row (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
-def layer_flags(parser: argparse.ArgumentParser) -> None:
-    """Which layers drop."""
-    parser.add_argument("--rho", type=float, help="share of eligible layers in D (default: 0.25)")
-    parser.add_argument(
-        "--layers",
-        default="contiguous",
+def _adapter_flags(parser: ArgumentParser) -> None:
+    """What an adapter is made for."""
+    from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
+    from lora_drop_vllm.training.settings import Settings
+
+    flag(parser, Settings, "k", "LoRA steps between two full steps")
+    flag(parser, Settings, "rank", "rank r of the low-rank correction")
+    flag(parser, Settings, "reuse", "what a drop layer reuses", choices=REUSE)
+    flag(
+        parser,
+        Settings,
+        "kv",
+        "what a LoRA step does with the KV of the drop layers",
+        choices=KV_MODES,
+    )
+    flag(
+        parser,
+        Settings,
+        "injection",
+        "one correction for a whole layer, or one each for attention and MLP",
+        choices=SITES,
+    )
+    flag(parser, Settings, "length", "tokens in a row")
+    flag(parser, Settings, "seed", "decides the order of the text, the prompts and the phases")
+
+
+def _layer_flags(parser: ArgumentParser) -> None:
+    """Which layers drop, and the file that an adapter becomes."""
+    from lora_drop_vllm.method.layers import CHOICES
+    from lora_drop_vllm.training.settings import CRITERIA, DTYPES, RHO, Settings
+
+    rho = f"share of the eligible layers that drop (default: {RHO})"
+    flag(parser, Settings, "rho", rho, type=float)
+    flag(
+        parser,
+        Settings,
+        "layers",
+        f"how the drop layers are chosen: {', '.join((*CHOICES, *CRITERIA))}; or their numbers, "
+        "such as 10-16 or 3,5,9",
         type=layer_numbers,
-        help="contiguous (default), uniform, similarity, kl, or such as 10-16 or 3,5,9",
+        metavar="CHOICE",
     )
-    parser.add_argument("--profile", type=Path, help="profile.json that scores the layers")
     parser.add_argument(
-        "--dtype",
-        default="float32",
-        help="of the adapter's file: float32 (default), bfloat16, float16",
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="profile.json by which contiguous, similarity and kl choose the layers (default: "
+        "similarity and kl are measured on the corpus)",
     )
-
-
-def training_flags(parser: argparse.ArgumentParser) -> None:
-    """Those of `offline.gradient.Plan`."""
-    for flag, kind, default, meaning in (
-        ("--steps", int, 500, "optimizer steps"),
-        ("--batch", int, 4, "rows at once"),
-        ("--accumulate", int, 1, "batches a step"),
-        ("--lr", float, 1e-3, "highest learning rate"),
-        ("--warmup", int, 20, "steps up to there; then it falls along a cosine"),
-        ("--clip", float, 1.0, "norm of the gradient, at most"),
-        ("--ce", float, 1.0, "weight of the next-token cross-entropy"),
-        ("--kl", float, 1.0, "weight of KL(base || student)"),
-        ("--hidden", float, 0.0, "weight of the distance of the hidden states"),
-        ("--save-every", int, 50, "steps between two checkpoints"),
-    ):
-        parser.add_argument(
-            flag, type=kind, default=default, help=f"{meaning} (default: {default})"
-        )
-    parser.add_argument("--bf16", action="store_true", help="autocast")
-    parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
-    parser.add_argument("--attention", default="sdpa", help="sdpa (default), flex or xformers")
-
-
-def decoding_flags(parser: argparse.ArgumentParser) -> None:
-    """Those of `offline.generative.Decoding`."""
-    flags = parser.add_argument_group(
-        "tasks that a server decodes",
-        "GSM8K and HumanEval in their published form: the base model (k = 0), then LoRA-Drop",
-    )
-    flags.add_argument("--url", help="of a running server (default: one is started, eager)")
-    flags.add_argument(
-        "--dtype", default="auto", help="of the one that is started, as for vLLM (default: auto)"
-    )
-    flags.add_argument(
-        "--num-fewshot",
-        type=count,
-        default=5,
-        metavar="N",
-        help="the first N questions of GSM8K's file are worked examples (default: 5)",
-    )
-    flags.add_argument(
-        "--max-tokens", type=positive, default=512, metavar="N", help="of an answer (default: 512)"
-    )
-    flags.add_argument(
-        "--concurrency",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="requests at a time (default: 1); more are faster, but bring more full steps",
-    )
-    flags.add_argument(
-        "--run-code",
-        action="store_true",
-        help="let the programs that the model writes for HumanEval run here, in a sandbox",
-    )
-
-
-def layer_numbers(text: str) -> str | tuple[int, ...]:
-    """Parse `10-16` or `5,9,12` into layer numbers; a name stays one."""
-    if not text[:1].isdigit():
-        return text
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        layers |= set(range(int(first), int(last or first) + 1))
-    return tuple(sorted(layers))
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Parse `1,2,3` into numbers of at least 1."""
-    return tuple(positive(part) for part in text.split(","))
-
-
-def shares(text: str) -> tuple[float, ...]:
-    """Parse `0.25,0.5`."""
-    return tuple(float(part) for part in text.split(","))
-
-
-def count(text: str) -> int:
-    """Parse a number of at least 0."""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """Parse a number of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    flag(parser, Settings, "dtype", "dtype of the adapter's file", choices=DTYPES)

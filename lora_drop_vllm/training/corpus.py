@@ -57,11 +57,10 @@ class Corpus:
             )
         return replace(self, documents=documents, skipped=self.skipped + len(reasons))
 
-    def remark(self) -> str:
-        """On what was skipped, if anything; to be put behind a report."""
-        if not self.skipped:
-            return ""
-        return f"; {self.skipped} lines or replies of the corpus could not be used"
+
+def remark(skipped: int) -> str:
+    """End of a report: how much of the corpus was skipped, if anything."""
+    return f"; {skipped} lines or replies of the corpus could not be used" if skipped else ""
 
 
 def read_corpus(sources: Sequence[str | Path]) -> Corpus:

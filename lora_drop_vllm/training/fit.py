@@ -3,35 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_drop_vllm.decode.decoder import base_model
 from lora_drop_vllm.decode.pretrained import model_name, open_model
 from lora_drop_vllm.method.adapter import AdapterConfig, save_adapter
-from lora_drop_vllm.training.corpus import read_corpus
+from lora_drop_vllm.training.corpus import read_corpus, remark
 from lora_drop_vllm.training.layerwise import fit_tensors
 from lora_drop_vllm.training.profiler import measure, read_profile
 from lora_drop_vllm.training.samples import Sample, sample
 from lora_drop_vllm.training.settings import CRITERIA, DTYPES, Settings
 
 
+@dataclass(frozen=True)
+class FitResult:
+    """An adapter that `fit` made.
+
+    Attributes:
+        folder: the adapter's folder
+        config: contents of its `adapter_config.json`
+        tokens: tokens of the corpus that it was fitted to
+        skipped: lines, rows or replies of the corpus that could not be used
+    """
+
+    folder: Path
+    config: AdapterConfig
+    tokens: int
+    skipped: int
+
+    def __str__(self) -> str:
+        made = f"{self.folder}: drop layers {self.config.drop_layers}, rank {self.config.r}"
+        return f"{made}, from {self.tokens} tokens{remark(self.skipped)}"
+
+
 def fit(
-    model: str,
+    model: str | Path,
     corpus: Sequence[str | Path],
     settings: Settings,
-    out: Path,
-    profile: Path | None = None,
-) -> str:
-    """Fit an adapter, save it in `out` and say what it is.
+    out: str | Path,
+    profile: str | Path | None = None,
+) -> FitResult:
+    """Fits an adapter in closed form, layer by layer, and saves it.
 
     Args:
-        profile: `profile.json` that scores the layers; measured on the corpus where it is needed
+        model: folder, or a name in the local Hugging Face cache
+        corpus: files (text or JSON lines, also gzipped) or `datasets:NAME[:CONFIG[:SPLIT]]`
+        settings: which layers drop, k, rank, and how many tokens of the corpus to read
+        out: folder of the adapter; made if it is not there
+        profile: a `profile.json` that scores the layers; without one they are scored on the
+            corpus if `settings.layers` needs it
 
     Raises:
-        ValueError: settings, a corpus or a profile that cannot be used.
+        ValueError: settings, a model, a corpus or a profile that cannot be used.
+        RuntimeError: the adapter could not be written.
     """
+    model, out = str(model), Path(out)
     texts = read_corpus(corpus)
     base, tokenizer = open_model(model)
     settings.check(base_model(base))
@@ -40,12 +68,15 @@ def fit(
     config = new_config(model, base, settings, samples, profile)
     save_adapter(out, config, fit_tensors(base, samples, config), DTYPES[settings.dtype])
     used = sum(s.count for s in samples)
-    made = f"{out}: drop layers {config.drop_layers}, rank {config.r}, from {used} tokens"
-    return made + texts.remark()
+    return FitResult(out, config, used, texts.skipped)
 
 
 def new_config(
-    model: str, base: Any, settings: Settings, samples: Sequence[Sample], profile: Path | None
+    model: str,
+    base: Any,
+    settings: Settings,
+    samples: Sequence[Sample],
+    profile: str | Path | None,
 ) -> AdapterConfig:
     """Config of a new adapter, its layers chosen by the profile where the choice asks for one.
 
@@ -62,7 +93,7 @@ def new_config(
         )
     plain = replace(settings, layers="contiguous").config(name, of)
     found = (
-        read_profile(profile, of)
+        read_profile(Path(profile), of)
         if profile
         else measure(base, samples, config=plain if layers == "kl" else None)
     )

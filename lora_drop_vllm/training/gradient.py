@@ -23,15 +23,20 @@ BETAS = (0.9, 0.99)
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train.
+    """How `train` trains.
 
     Attributes:
-        steps: optimizer steps, of `accumulate` times `batch` rows on each device
+        steps: optimizer steps
+        batch, accumulate: rows in a batch on each device, and batches in an optimizer step
+        lr: highest learning rate
         warmup: steps of rising learning rate; then it falls along a cosine
         clip: norm of the gradient at most
+        ce, kl, hidden: weights of the next-token cross-entropy, of KL(base || student) and of the
+            distance of the hidden states
         save_every: steps between two checkpoints, what a kill loses at most
         bf16: autocast
         checkpointing: recompute layers in the backward pass, to save memory
+        attention: `sdpa`, `flex` or `xformers`
     """
 
     steps: int = 500

@@ -29,32 +29,41 @@ from lora_drop_vllm.training.samples import Sample, sample
 from lora_drop_vllm.training.settings import CRITERIA, Settings
 
 DISTANCES = (1, 2, 3, 5, 10)  # of Fig. 4
+RHOS = (0.25, 0.5, 0.75)
+TOKENS = 16384  # of the corpus, unless --tokens says otherwise
 HORIZON = 0.5  # the least similarity within the similarity horizon, Fig. 1
 
 
 def profile(
-    model: str,
+    model: str | Path,
     corpus: Sequence[str | Path],
     settings: Settings,
-    out: Path,
+    out: str | Path,
     *,
-    criterion: str,
-    distances: Sequence[int],
-    rhos: Sequence[float],
-    plots: bool,
-) -> str:
-    """Profile a model, write `profile.json` and figures to `out`, and say what was found.
+    criterion: str = CRITERIA[0],
+    distances: Sequence[int] = DISTANCES,
+    rhos: Sequence[float] = RHOS,
+    plots: bool = False,
+) -> ProfileResult:
+    """Measures which layers may drop, and writes `profile.json` (and figures) to `out`.
+
+    Args:
+        model: folder, or a name in the local Hugging Face cache
+        corpus: files (text or JSON lines, also gzipped) or `datasets:NAME[:CONFIG[:SPLIT]]`
+        settings: how much of the corpus to read; with `kl` also what is fitted to each layer
+        out: folder to write to; made if it is not there
+        criterion: `similarity` (Eq. 17), or `kl` to measure both
+        distances: token distances of the similarity
+        rhos: shares of the eligible layers to choose drop layers for, each above 0, up to 1
+        plots: draw the figures too (needs matplotlib)
 
     Raises:
-        ValueError: settings or a corpus that cannot be used.
+        ValueError: settings, a model or a corpus that cannot be used.
     """
+    model, out = str(model), Path(out)
     if plots:
         require_matplotlib()
-    for rho in rhos:
-        if not 0 < rho <= 1:
-            raise ValueError(
-                f"--rho {rho}: expected more than 0, up to 1; write 0.25 for a quarter"
-            )
+    _check(criterion, rhos)
     texts = read_corpus(corpus)
     base, tokenizer = open_model(model)
     settings.check(base_model(base))
@@ -67,21 +76,21 @@ def profile(
         rhos,
     )
     out.mkdir(parents=True, exist_ok=True)
-    report = found.report(rhos)
-    (out / "profile.json").write_text(json.dumps(report, indent=2) + "\n")
+    path = out / "profile.json"
+    path.write_text(json.dumps(found.report(rhos), indent=2) + "\n")
     if plots:
         draw(found, out)
-    return _render(out, report)
+    return ProfileResult(path, found, found.drop_layers(rhos))
 
 
-def _render(out: Path, report: dict[str, Any]) -> str:
-    lines = [
-        f"{out}/profile.json: {report['tokens']} tokens, similarity horizon "
-        f"{report['mean_horizon']} of {report['distances']}"
-    ]
-    for rho, choices in report["drop_layers"].items():
-        lines += [f"rho {rho}, {choice}: {layers}" for choice, layers in choices.items()]
-    return "\n".join(lines)
+def _check(criterion: str, rhos: Sequence[float]) -> None:
+    if criterion not in CRITERIA:
+        raise ValueError(f"--criterion {criterion}: expected one of {', '.join(CRITERIA)}")
+    for rho in rhos:
+        if not 0 < rho <= 1:
+            raise ValueError(
+                f"--rho {rho}: expected more than 0, up to 1; write 0.25 for a quarter"
+            )
 
 
 @dataclass(frozen=True)
@@ -154,14 +163,18 @@ class Profile:
         """Similarity by distance, over all layers."""
         return [sum(column) / len(column) for column in zip(*self.similarity)]
 
-    def report(self, rhos: Sequence[float]) -> dict[str, Any]:
-        """Everything, with scores, horizons and the drop layers for each rho by each choice."""
+    def drop_layers(self, rhos: Sequence[float]) -> dict[float, dict[str, list[int]]]:
+        """Drop layers for each rho, by each choice that was measured."""
         choices = (*CRITERIA[: 1 if self.runs is None else 2], "contiguous")
         counts = {rho: num_drop_layers(rho, self.base_model.num_hidden_layers) for rho in rhos}
-        lists = {
-            str(rho): {choice: self.choose(choice, count) if count else [] for choice in choices}
+        return {
+            rho: {choice: self.choose(choice, count) if count else [] for choice in choices}
             for rho, count in counts.items()
         }
+
+    def report(self, rhos: Sequence[float]) -> dict[str, Any]:
+        """Everything, with scores, horizons and the drop layers for each rho by each choice."""
+        lists = {str(rho): chosen for rho, chosen in self.drop_layers(rhos).items()}
         return asdict(self) | {
             "kl": self.kl,
             "scores": self.scores("similarity"),
@@ -181,6 +194,31 @@ def draw(profile: Profile, folder: Path) -> None:
         counts = {run.count for run in profile.runs}
         runs = {n: [(run.first, run.kl) for run in profile.runs if run.count == n] for n in counts}
         plot_runs(runs, folder / "runs.png")
+
+
+@dataclass(frozen=True)
+class ProfileResult:
+    """What `profile` measured.
+
+    Attributes:
+        path: the `profile.json` that it wrote, to be passed to `fit` or `train`
+        profile: similarity and KL of the layers
+        drop_layers: rho to choice (`similarity`, `kl`, `contiguous`) to the drop layers
+    """
+
+    path: Path
+    profile: Profile
+    drop_layers: dict[float, dict[str, list[int]]]
+
+    def __str__(self) -> str:
+        found = self.profile
+        lines = [
+            f"{self.path}: {found.tokens} tokens, similarity horizon "
+            f"{found.horizon(found.mean_curve())} of {found.distances}"
+        ]
+        for rho, choices in self.drop_layers.items():
+            lines += [f"rho {rho}, {choice}: {layers}" for choice, layers in choices.items()]
+        return "\n".join(lines)
 
 
 def read_profile(path: Path, base: BaseModel) -> Profile:

@@ -18,18 +18,25 @@ from lora_drop_vllm.method.layers import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CRITERIA = ("similarity", "kl")  # named choices that need scores of the layers
+RHO = 0.25  # share of the eligible layers that drop, unless the settings say otherwise
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags of a new adapter.
+    """What a new adapter is to be, and how much of a corpus to read for it.
 
     Attributes:
-        rho: share of the eligible layers that drop; None where `layers` names them
-        layers: a named choice, or the drop layers themselves
-        length: tokens of a row
-        tokens: of the corpus, at most
-        dtype: of the adapter's file
+        rho: share of the eligible layers that drop; None for 0.25, or if `layers` has numbers
+        layers: `contiguous`, `uniform`, `similarity` or `kl`, or the numbers of the drop layers
+        k: LoRA steps between two full steps
+        rank: r of A [r, d] and B [d, r]
+        reuse: `previous`, `anchor`, `update` or `none`: what a drop layer reuses
+        kv: `skip` or `write`: what a LoRA step does with the KV of the drop layers
+        injection: `block` or `attn_mlp`: one correction per layer, or one for each of its halves
+        length: tokens in a row of the corpus
+        tokens: tokens of the corpus to read, at most
+        seed: decides the order of the text, the prompts and the phases
+        dtype: of the adapter's file: `float32`, `bfloat16` or `float16`
     """
 
     rho: float | None = None
@@ -58,7 +65,7 @@ class Settings:
         if isinstance(self.layers, str):
             names = (*CHOICES, *CRITERIA)
             require(self.layers in names, "layers", self.layers, f"{', '.join(names)} or 3,5,9")
-            rho = 0.25 if self.rho is None else self.rho
+            rho = RHO if self.rho is None else self.rho
             least = 0.5 / max(len(eligible), 1)
             require(
                 num_drop_layers(rho, base.num_hidden_layers) >= 1,
@@ -109,7 +116,7 @@ class Settings:
         self.check(base)
         eligible = eligible_layers(base.num_hidden_layers)
         if isinstance(self.layers, str):
-            rho = 0.25 if self.rho is None else self.rho
+            rho = RHO if self.rho is None else self.rho
             count = num_drop_layers(rho, base.num_hidden_layers)
             chosen = chosen or choose_layers(self.layers, count, eligible)
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lora_drop_vllm.method.adapter import (
 )
 from lora_drop_vllm.plots import plot_training, require_matplotlib
 from lora_drop_vllm.training.checkpoint import Checkpoint, append_log, read_log, write_log
-from lora_drop_vllm.training.corpus import Corpus, read_corpus
+from lora_drop_vllm.training.corpus import Corpus, read_corpus, remark
 from lora_drop_vllm.training.fit import new_config
 from lora_drop_vllm.training.gradient import Devices, Plan, Trainer
 from lora_drop_vllm.training.layerwise import fit_tensors
@@ -36,26 +36,59 @@ from lora_drop_vllm.training.samples import sample
 from lora_drop_vllm.training.settings import DTYPES, Settings
 
 
+@dataclass(frozen=True)
+class TrainResult:
+    """An adapter that `train` made.
+
+    Attributes:
+        folder: the adapter's folder, which also holds the log and the last checkpoint
+        config: contents of its `adapter_config.json`
+        steps: optimizer steps taken, those of earlier runs into the folder included
+        log: one entry per step: losses per token, learning rate, tokens per second
+        skipped: lines, rows or replies of the corpus that could not be used
+    """
+
+    folder: Path
+    config: AdapterConfig
+    steps: int
+    log: list[dict[str, float]]
+    skipped: int
+
+    def __str__(self) -> str:
+        made = f"{self.folder}: drop layers {self.config.drop_layers}, {self.steps} steps"
+        if losses := [entry["loss"] for entry in self.log]:
+            made += f", loss {losses[0]:.3f} at the first and {losses[-1]:.3f} at the last"
+        return made + remark(self.skipped)
+
+
 def train(
-    model: str,
+    model: str | Path,
     corpus: Sequence[str | Path],
     settings: Settings,
     plan: Plan,
-    out: Path,
+    out: str | Path,
     *,
     start: str = "fit",
-    profile: Path | None = None,
+    profile: str | Path | None = None,
     plots: bool = False,
-) -> str:
-    """Train an adapter into `out`, or go on with the run that is in it; says what came out.
+) -> TrainResult:
+    """Trains an adapter by gradients, or resumes the run whose checkpoint is in `out`.
 
     Args:
+        model: folder, or a name in the local Hugging Face cache
+        corpus: files (text or JSON lines, also gzipped) or `datasets:NAME[:CONFIG[:SPLIT]]`
+        settings: which layers drop, k, rank and the length of a row
+        plan: steps, batch, learning rate and the weights of the losses
+        out: folder of the adapter, its log and its checkpoint; made if it is not there
         start: `fit`, `zero` (B = 0, g = 1), or the folder of an adapter
-        profile: `profile.json` that scores the layers
+        profile: a `profile.json` that scores the layers
+        plots: draw `training.png` into `out` (needs matplotlib)
 
     Raises:
         ValueError: settings, a corpus or a folder that cannot be used; a loss that is not finite.
+        RuntimeError: the adapter, the log or the checkpoint could not be written.
     """
+    model, out = str(model), Path(out)
     plan.check()
     if plots:
         require_matplotlib()
@@ -77,11 +110,7 @@ def train(
     log = run_to_the_end(trainer, out, DTYPES[settings.dtype])
     if plots and not devices.number:
         plot_training(log, out / "training.png")
-    losses = [entry["loss"] for entry in log]
-    said = f"{out}: drop layers {trainer.adapter.config.drop_layers}, {trainer.step} steps"
-    if losses:
-        said += f", loss {losses[0]:.3f} at the first and {losses[-1]:.3f} at the last"
-    return said + texts.remark()
+    return TrainResult(out, trainer.adapter.config, trainer.step, log, texts.skipped)
 
 
 def run_to_the_end(trainer: Trainer, out: Path, dtype: torch.dtype) -> list[dict[str, float]]:
@@ -116,7 +145,7 @@ def begin(
     corpus: Corpus,
     settings: Settings,
     start: str,
-    profile: Path | None,
+    profile: str | Path | None,
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """The adapter that training begins with.
 

@@ -266,10 +266,10 @@ def test_what_cannot_be_asked_is_refused(
     own = ["model", "--adapter", "dir"]
     for wrong, message in (
         ([*url, *half], "human_eval: to score it, programs that the model writes must run"),
-        ([*own, *url, "--num-fewshot", "0", *sums], "the server of --url has its own"),
-        ([*own, *url, "--tasks", str(cloze)], "none of the tasks is decoded by a server"),
-        ([*url, "--dtype", "half", "--num-fewshot", "0", *sums], "--dtype half: the server of"),
-        (["--num-fewshot", "0", *sums], "MODEL and --adapter DIR are needed"),
+        ([*own, *url, "--num-fewshot", "0", *sums], "the server at --url has its own"),
+        ([*own, *url, "--tasks", str(cloze)], "no task is decoded by a server"),
+        ([*url, "--dtype", "half", "--num-fewshot", "0", *sums], "--dtype half: the server at"),
+        (["--num-fewshot", "0", *sums], "MODEL and --adapter DIR: missing"),
         ([*url, "--num-fewshot", "0", "--tasks", f"{sums[1]},{cloze}"], "MODEL and --adapter DIR"),
         (["--url", "http://127.0.0.1:9", "--num-fewshot", "0", *sums], "no server of models"),
     ):

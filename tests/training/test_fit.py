@@ -162,11 +162,23 @@ def test_the_command_writes_an_adapter_that_loads(
 
 
 @pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("reuse", "--reuse best: expected one of previous, anchor, update, none"),
+        ("kv", "--kv best: expected one of skip, write"),
+        ("injection", "--injection best: expected one of block, attn_mlp"),
+        ("dtype", "--dtype best: expected one of float32, bfloat16, float16"),
+    ],
+)
+def test_what_is_no_choice_is_refused_in_python_too(flag: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**{flag: "best"}).check(BaseModel("llama", 8, 128))
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--reuse", "best"], "--reuse best: expected one of previous"),
         (["--k", "0"], "--k 0: expected 1 or more"),
-        (["--dtype", "int8"], "--dtype int8: expected one of float32, bfloat16, float16"),
         (["--rank", "129"], "--rank 129: expected 1 to 128, the model's width"),
         (["--rank", "128", "--tokens", "128"], "--rank 128: expected two rows of --length 64"),
         (["--rho", "1.5"], "--rho 1.5: expected 0 <= rho <= 1"),

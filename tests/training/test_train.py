@@ -185,7 +185,6 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
         (["--ce", "0", "--kl", "0"], "--ce, --kl, --hidden: all 0"),
         (["--from", "nowhere"], "there is no adapter_config.json in it"),
         (["--rank", "0"], "--rank 0: expected 1 to 128"),
-        (["--attention", "magic"], "attention='magic'"),
         (["--plots"], "--plots: matplotlib is not installed"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value).replace("--", ""),
