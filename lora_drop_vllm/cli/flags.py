@@ -57,12 +57,18 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
         ("--ce", float, 1.0, "weight of the next-token cross-entropy"),
         ("--kl", float, 1.0, "weight of KL(base || student)"),
         ("--hidden", float, 0.0, "weight of the distance of the hidden states"),
+        (
+            "--refresh-weight",
+            float,
+            1.0,
+            "weight of a refresh's prediction; a LoRA step's weighs 1",
+        ),
         ("--save-every", int, 50, "steps between two checkpoints"),
     ):
         parser.add_argument(
             flag, type=kind, default=default, help=f"{meaning} (default: {default})"
         )
-    parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--attention", default="sdpa", help="sdpa (default), flex or xformers")
 

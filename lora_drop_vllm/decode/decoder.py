@@ -133,6 +133,11 @@ class ForcedDecoder:
         logits: Tensor = self.model.lm_head(hidden)
         return logits
 
+    def logits_transposed(self, slope: Tensor) -> Tensor:
+        """The gradient by `hidden` out of that by the logits: [..., vocabulary] to [..., d]."""
+        by_hidden: Tensor = slope @ self.model.lm_head.weight
+        return by_hidden
+
     @torch.no_grad()
     def _stem(self, tokens: Tensor, schedule: Schedule) -> tuple[Tensor, Batch]:
         if tokens.shape != schedule.full.shape:
