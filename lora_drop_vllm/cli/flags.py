@@ -92,8 +92,9 @@ def train_flags(parser: ArgumentParser) -> None:
         ("ce", "weight of the next-token cross-entropy"),
         ("kl", "weight of KL(base || student)"),
         ("hidden", "weight of the distance of the hidden states"),
+        ("refresh_weight", "weight of the prediction of a refresh; that of a LoRA step weighs 1"),
         ("save_every", "steps between two checkpoints"),
-        ("bf16", "compute in bfloat16 where that is safe (autocast)"),
+        ("bf16", "compute in bfloat16; the adapter stays in float32"),
         ("checkpointing", "recompute layers in the backward pass: less memory, more time"),
     ):
         flag(parser, Plan, name, meaning)

@@ -7,7 +7,6 @@ at the full positions only, gathered into rows of their own, and the update take
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lora_drop_vllm.decode.masks import Span, causal_mask, use_backend
+from lora_drop_vllm.decode.batch import Batch, Tail
+from lora_drop_vllm.decode.keys_values import AllPositions, Beside, Recorded
+from lora_drop_vllm.decode.masks import use_backend
 from lora_drop_vllm.decode.positions import Layout, Schedule, sum_since_full, take
 from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.kernels.reference import Update, drop_update, gated_change
@@ -45,42 +46,6 @@ def base_model(model: Any) -> BaseModel:
             "a model without them"
         )
     return BaseModel.of(config)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch as the layers need it; see `Schedule` and `Layout`.
-
-    Attributes:
-        rope, full_rope: cos and sin, [N, T, head_dim] and of the full positions [N, F, head_dim]
-        mask: of layers outside D
-        drop_mask: of layers in D; queries are the full positions
-    """
-
-    layout: Layout
-    rope: tuple[Tensor, Tensor]
-    full_rope: tuple[Tensor, Tensor]
-    mask: Any
-    drop_mask: Any
-
-    @classmethod
-    def of(cls, model: Any, schedule: Schedule, kv: str, attention: str = "sdpa") -> Batch:
-        """A batch for one model, KV mode and attention backend."""
-        layout = Layout.of(schedule)
-        rope = model.model.rotary_emb(model.model.embed_tokens.weight, schedule.position)
-        cos, sin = (take(part, layout.full_at) for part in rope)
-        T = schedule.full.shape[1]
-        column = torch.arange(T, device=schedule.full.device).expand_as(schedule.full)
-        everything = Span(column, schedule.sequence)
-        number = schedule.sequence.flatten()[layout.full_at].where(layout.real, -1)
-        full = Span(layout.full_at % T, number)
-        return cls(
-            layout,
-            rope,
-            (cos, sin),
-            causal_mask(attention, everything, everything),
-            causal_mask(attention, full, full if kv == "skip" else everything),
-        )
 
 
 class ForcedDecoder:
@@ -123,16 +88,30 @@ class ForcedDecoder:
         return self._rest(x, batch, adapted=True)
 
     def hidden_and_base(self, tokens: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """`hidden`, and the base model's own; layers below the first drop layer run once."""
+        """`hidden`, and the base model's own.
+
+        Layers below the first drop layer run once. Above, the student runs at the positions that
+        the adapter can change, beside the base model's keys and values of the others.
+        """
         x, batch = self._stem(tokens, schedule)
+        recorded = Recorded()
         with torch.no_grad():
-            base = self._rest(x, batch, adapted=False)
-        return self._rest(x, batch, adapted=True), base
+            base = self._rest(x, batch, recorded=recorded)
+        tail = Tail.of(self.model, schedule, self.adapter.config.kv, self.attention)
+        if tail is None:
+            return base, base
+        own = self._rest(take(x, tail.at), tail.batch, adapted=True, recorded=recorded, tail=tail)
+        return tail.rows.put(base, own), base
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] to [..., vocabulary]."""
         logits: Tensor = self.model.lm_head(hidden)
         return logits
+
+    def logits_transposed(self, slope: Tensor) -> Tensor:
+        """The gradient by `hidden` out of that by the logits: [..., vocabulary] to [..., d]."""
+        by_hidden: Tensor = slope @ self.model.lm_head.weight
+        return by_hidden
 
     @torch.no_grad()
     def _stem(self, tokens: Tensor, schedule: Schedule) -> tuple[Tensor, Batch]:
@@ -147,31 +126,61 @@ class ForcedDecoder:
             x = run_layer(layer, x, batch)
         return x, batch
 
-    def _rest(self, x: Tensor, batch: Batch, adapted: bool) -> Tensor:
+    def _rest(self, x: Tensor, batch: Batch, **how: Any) -> Tensor:
+        """The layers from the first drop layer on, and the norm; `how` is for `_layer`."""
         recompute = self.checkpoint and torch.is_grad_enabled()
         for i in range(self._shared, self.model.config.num_hidden_layers):
             if recompute:
-                x = checkpoint(self._layer, i, x, batch, adapted, use_reentrant=False)
+                x = checkpoint(self._layer, i, x, batch, use_reentrant=False, **how)
             else:
-                x = self._layer(i, x, batch, adapted)
+                x = self._layer(i, x, batch, **how)
         normed: Tensor = self.model.model.norm(x)
         return normed
 
-    def _layer(self, i: int, x: Tensor, batch: Batch, adapted: bool) -> Tensor:
+    def _layer(
+        self,
+        i: int,
+        x: Tensor,
+        batch: Batch,
+        *,
+        adapted: bool = False,
+        recorded: Recorded | None = None,
+        tail: Tail | None = None,
+    ) -> Tensor:
+        """A layer of the base model, which `recorded` takes the K and V of, or of the student.
+
+        With a tail the student attends to the recorded K and V too.
+        """
         layer, config = self.model.model.layers[i], self.adapter.config
-        if not adapted or i not in config.drop_layers:
-            return run_layer(layer, x, batch)
-        stream = refresh(layer, x, batch, config.kv)
+        if not adapted:
+            return run_layer(layer, x, batch, recorded)
+        beside = None if tail is None or recorded is None else (recorded.layers[i], tail)
+        if i not in config.drop_layers:
+            cache = None if beside is None else Beside(beside[0], beside[1].rows)
+            return run_layer(layer, x, batch, cache)
+        stream = refresh(layer, x, batch, config.kv, beside)
         return update(x, stream, batch, config, config.sites.of_layer(i, self.adapter.tensors()))
 
 
-def run_layer(layer: Any, x: Tensor, batch: Batch) -> Tensor:
-    """f^i at every position, [N, T, d] to [N, T, d]."""
-    out: Tensor = layer(x, attention_mask=batch.mask, position_embeddings=batch.rope)
+def run_layer(layer: Any, x: Tensor, batch: Batch, cache: Any = None) -> Tensor:
+    """f^i at every position, [N, T, d] to [N, T, d].
+
+    Args:
+        cache: what decides on the keys and values, see `keys_values`
+    """
+    out: Tensor = layer(
+        x, attention_mask=batch.mask, position_embeddings=batch.rope, past_key_values=cache
+    )
     return out
 
 
-def refresh(layer: Any, x: Tensor, batch: Batch, kv: str) -> list[Tensor]:
+def refresh(
+    layer: Any,
+    x: Tensor,
+    batch: Batch,
+    kv: str,
+    beside: tuple[tuple[Tensor, Tensor], Tail] | None = None,
+) -> list[Tensor]:
     """f^i at the full positions: the stream before, between and behind its halves.
 
     Under `kv: skip` they attend to each other; under `write` to the K and V that every position
@@ -179,11 +188,15 @@ def refresh(layer: Any, x: Tensor, batch: Batch, kv: str) -> list[Tensor]:
 
     Args:
         x: [N, T, d]
+        beside: where x is a tail: the base model's K and V of this layer, and the tail
 
     Returns:
         [N, F, d] each.
     """
-    cache = None if kv == "skip" else _AllPositions(layer, x, batch.rope)
+    cache: Any = None if kv == "skip" else AllPositions(layer, x, batch.rope)
+    if beside is not None:
+        recorded, tail = beside
+        cache = Beside(recorded, tail.full_rows if cache is None else tail.rows, cache)
     return _halves(layer, take(x, batch.layout.full_at), batch.full_rope, batch.drop_mask, cache)
 
 
@@ -269,22 +282,3 @@ def regressor(z: Tensor, layout: Layout, rule: Reuse) -> Tensor:
     x_t = x_{t-1} + s B A z_t (`previous`) unrolls to x_t = x_a + s B A (z_{a+1} + ... + z_t).
     """
     return sum_since_full(z, layout) if rule.writes_back else z
-
-
-class _AllPositions:
-    """Stands where a layer keeps its KV cache, and answers with the K and V of all positions."""
-
-    def __init__(self, layer: Any, x: Tensor, rope: tuple[Tensor, Tensor]) -> None:
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-        attn = layer.self_attn
-        normed = layer.input_layernorm(x)
-        heads = (*x.shape[:-1], -1, attn.head_dim)
-        key, self.value = (
-            project(normed).view(heads).transpose(1, 2) for project in (attn.k_proj, attn.v_proj)
-        )
-        _, self.key = apply_rotary_pos_emb(key, key, *rope)
-
-    def update(self, *_: Any) -> tuple[Tensor, Tensor]:
-        """[N, kv_heads, T, head_dim] each, whatever the queries brought."""
-        return self.key, self.value

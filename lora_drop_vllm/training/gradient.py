@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.training.checkpoint import Checkpoint
-from lora_drop_vllm.training.objective import Weights, backward
+from lora_drop_vllm.training.objective import Losses, Weights, backward
 from lora_drop_vllm.training.rows import Row, Rows, random_schedule, stack
 
 BETAS = (0.9, 0.99)
@@ -34,7 +34,8 @@ class Plan:
         ce, kl, hidden: weights of the next-token cross-entropy, of KL(base || student) and of the
             distance of the hidden states
         save_every: steps between two checkpoints, what a kill loses at most
-        bf16: autocast
+        refresh_weight: weight of a refresh's prediction; a LoRA step's weighs 1
+        bf16: compute in bfloat16; adapter, optimizer and residual stream stay in fp32
         checkpointing: recompute layers in the backward pass, to save memory
         attention: `sdpa`, `flex` or `xformers`
     """
@@ -48,6 +49,7 @@ class Plan:
     ce: float = 1.0
     kl: float = 1.0
     hidden: float = 0.0
+    refresh_weight: float = 1.0
     save_every: int = 50
     bf16: bool = False
     checkpointing: bool = False
@@ -56,7 +58,7 @@ class Plan:
     def check(self) -> None:
         """Raise ValueError for what cannot be, naming the flag."""
         least = {"steps": 1, "batch": 1, "accumulate": 1, "save_every": 1, "warmup": 0}
-        least |= {"ce": 0, "kl": 0, "hidden": 0}
+        least |= {"ce": 0, "kl": 0, "hidden": 0, "refresh_weight": 0}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(
@@ -67,6 +69,11 @@ class Plan:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected more than 0")
         if not self.ce + self.kl + self.hidden > 0:
             raise ValueError("--ce, --kl, --hidden: all 0; give one of them some weight")
+
+    @property
+    def weights(self) -> Weights:
+        """What the losses weigh."""
+        return Weights(self.ce, self.kl, self.hidden, self.refresh_weight)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -126,6 +133,8 @@ class Trainer:
         devices: Devices,
     ) -> None:
         config = checkpoint.config
+        if plan.bf16:
+            _halve_weights(model)
         tensors = {n: t for n, t in checkpoint.tensors.items() if "/" not in n}
         self.adapter = Adapter(config, tensors).to(model.device)
         self.decoder = ForcedDecoder(
@@ -164,7 +173,7 @@ class Trainer:
         """
         plan, device = self.plan, self.decoder.model.device
         self._optimizer.zero_grad()
-        losses = torch.zeros(3, dtype=torch.float64, device=device)
+        losses = torch.zeros(7, dtype=torch.float64, device=device)
         count = 0
         for part in range(plan.accumulate * self.devices.count):
             chosen = [next(self.rows) for _ in range(plan.batch)]
@@ -172,32 +181,39 @@ class Trainer:
                 continue
             count += sum(len(row.tokens) for row in chosen)
             number = self.step * plan.accumulate * self.devices.count + part
-            losses += self._backward(chosen, number) / plan.accumulate
-        losses = self.devices.mean(losses)
+            losses += self._backward(chosen, number).values / plan.accumulate
+        entry = Losses(self.devices.mean(losses)).named(plan.weights)
         gradient = [p.grad for p in self._parameters.values() if p.grad is not None]
         for own in gradient:
             own.copy_(self.devices.mean(own))
         norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), plan.clip)
-        ce, kl, hidden = losses.tolist()
-        total = plan.ce * ce + plan.kl * kl + plan.hidden * hidden
-        if not (math.isfinite(total) and math.isfinite(float(norm))):
+        if not (math.isfinite(entry["loss"]) and math.isfinite(float(norm))):
             raise ValueError(
-                f"step {self.step + 1}: the loss is {total} and its gradient's norm {float(norm)}; "
-                f"lower --lr {plan.lr} or raise --warmup {plan.warmup}; --from with this run's "
-                "--out begins at its last checkpoint"
+                f"step {self.step + 1}: the loss is {entry['loss']} and its gradient's norm "
+                f"{float(norm)}; lower --lr {plan.lr} or raise --warmup {plan.warmup}; --from with "
+                "this run's --out begins at its last checkpoint"
             )
         rate = plan.rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
         self.step += 1
-        entry = {"step": self.step, "loss": total, "ce": ce, "kl": kl, "hidden": hidden}
-        return entry | {"lr": rate, "norm": float(norm), "tokens": count * self.devices.count}
+        return (
+            {"step": self.step}
+            | entry
+            | {"lr": rate, "norm": float(norm), "tokens": count * self.devices.count}
+        )
 
-    def _backward(self, chosen: Sequence[Row], number: int) -> Tensor:
+    def _backward(self, chosen: Sequence[Row], number: int) -> Losses:
         plan, device = self.plan, self.decoder.model.device
         tokens, sequence = (x.to(device) for x in stack(chosen, self.rows.length))
         schedule = random_schedule(sequence, chosen, self.adapter.config.k, self.seed, number)
-        weights = Weights(plan.ce, plan.kl, plan.hidden)
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16):
-            return backward(self.decoder, tokens, schedule, weights, 1 / plan.accumulate)
+            return backward(self.decoder, tokens, schedule, plan.weights, 1 / plan.accumulate)
+
+
+def _halve_weights(model: Any) -> None:
+    """Keep the frozen linear layers in bfloat16, so that autocast need not cast them each time."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)

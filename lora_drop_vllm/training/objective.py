@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_drop_vllm.decode.decoder import ForcedDecoder
-from lora_drop_vllm.decode.divergence import kl_divergence
 from lora_drop_vllm.decode.positions import Schedule, take
 
-AT_ONCE = 512  # predictions: the vocabulary is wide
+AT_ONCE = 128  # predictions: the vocabulary is wide, and what fits the processor's cache is fast
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the three losses, each a mean over the predictions.
+    """Weights of the three losses; each loss is a weighted mean over the predictions.
 
     Attributes:
         ce: next-token cross-entropy
         kl: KL(base || student)
         hidden: squared distance of the normed stream from the base model's, relative to its own
+        refresh: weight of a refresh's prediction in those means; a LoRA step's weighs 1
     """
 
     ce: float = 1.0
     kl: float = 1.0
     hidden: float = 0.0
+    refresh: float = 1.0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a batch, in a form that is averaged over batches and processes.
+
+    Attributes:
+        values: [7] fp64  ce, kl and hidden, then for LoRA steps and for refreshes the sum of KL and
+            the number of predictions
+    """
+
+    values: Tensor
+
+    def named(self, weights: Weights) -> dict[str, float]:
+        """The log's entry: the total, its parts, and the mean KL by kind of step."""
+        ce, kl, hidden, *kinds = self.values.tolist()
+        total = weights.ce * ce + weights.kl * kl + weights.hidden * hidden
+        entry = {"loss": total, "ce": ce, "kl": kl, "hidden": hidden}
+        for name, found, count in zip(("kl_lora", "kl_refresh"), kinds[::2], kinds[1::2]):
+            if count:
+                entry[name] = found / count
+        return entry
 
 
 def predicting(schedule: Schedule) -> Tensor:
-    """Flat positions that count: LoRA steps and their refreshes, the next token known; [R].
+    """Flat positions that count, [R]: LoRA steps and the refreshes after them, next token known.
 
-    What comes before the first LoRA step is the base model's.
+    Everything before the first LoRA step is the base model's own.
     """
     same = schedule.sequence[:, 1:] == schedule.sequence[:, :-1]
     counts = schedule.lora.clone()
@@ -44,36 +68,64 @@ def predicting(schedule: Schedule) -> Tensor:
 
 def backward(
     decoder: ForcedDecoder, tokens: Tensor, schedule: Schedule, weights: Weights, share: float
-) -> Tensor:
-    """Add `share` of a batch's gradient to the adapter's; returns ce, kl and hidden, [3].
+) -> Losses:
+    """Add `share` of a batch's gradient to the adapter's; returns the batch's losses.
 
-    The logits are made and differentiated in pieces; the layers once.
+    The logits are made and differentiated in pieces, by the formula and without autograd; autograd
+    runs through the layers once.
     """
     hidden, base = decoder.hidden_and_base(tokens, schedule)
     at = predicting(schedule)
     own, other, next_token = take(hidden, at), take(base, at), tokens.flatten()[at + 1]
-    leaf = own.detach().requires_grad_()
-    losses = torch.zeros(3, dtype=torch.float64, device=at.device)
-    scale = other.float().square().mean()
-    for piece in torch.arange(len(at), device=at.device).split(AT_ONCE):
-        parts = _losses(decoder, leaf[piece], other[piece], next_token[piece], scale)
-        parts = parts / max(len(at), 1)
-        total = weights.ce * parts[0] + weights.kl * parts[1] + weights.hidden * parts[2]
-        (share * total).backward()
-        losses += parts.detach()
-    if leaf.grad is not None:
-        own.backward(leaf.grad)
-    return losses
-
-
-def _losses(
-    decoder: ForcedDecoder, own: Tensor, other: Tensor, next_token: Tensor, scale: Tensor
-) -> Tensor:
-    """Sums over R predictions, [3]."""
-    log_p = decoder.logits(own).float().log_softmax(-1)
+    lora = schedule.lora.flatten()[at]
+    weight = torch.where(lora, 1.0, weights.refresh)
+    weight /= weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    gradient = torch.empty_like(own)
+    found = torch.empty(len(at), 3, dtype=torch.float64, device=at.device)
     with torch.no_grad():
-        base_log_p = decoder.logits(other).float().log_softmax(-1)
-    ce = -log_p.gather(1, next_token[:, None]).sum()
-    kl = kl_divergence(log_p, base_log_p).sum()
-    distance = (own.float() - other.float()).square().mean(-1).sum() / scale
-    return torch.stack((ce, kl, distance))
+        scale = other.float().square().mean()
+        for piece in torch.arange(len(at), device=at.device).split(AT_ONCE):
+            made = _of_logits(decoder, own[piece], other[piece], next_token[piece], weights)
+            apart = own[piece].float() - other[piece].float()
+            found[piece, 0], found[piece, 1] = made.ce.double(), made.kl.double()
+            found[piece, 2] = (apart.square().mean(-1) / scale).double()
+            slope = made.slope + weights.hidden * 2 / (scale * apart.shape[-1]) * apart
+            gradient[piece] = (share * weight[piece, None] * slope).to(own.dtype)
+    if len(at):
+        own.backward(gradient)
+    kl = found[:, 1]
+    kinds = [x.sum().double() for x in (kl[lora], lora, kl[~lora], ~lora)]
+    return Losses(torch.cat((weight.double() @ found, torch.stack(kinds))))
+
+
+class _OfLogits(NamedTuple):
+    """Losses of R predictions that read the logits, [R], and their gradient by `own`, [R, d]."""
+
+    ce: Tensor
+    kl: Tensor
+    slope: Tensor
+
+
+def _of_logits(
+    decoder: ForcedDecoder, own: Tensor, other: Tensor, next_token: Tensor, weights: Weights
+) -> _OfLogits:
+    """Cross-entropy and KL of R predictions.
+
+    With logits z and the base model's z', d(ce) / dz = softmax(z) - onehot and d(kl) / dz =
+    softmax(z) - softmax(z').
+    """
+    z, base_z = (decoder.logits(x).float() for x in (own, other))
+    p, log_sum = _softmax(z)
+    base_p, base_log_sum = _softmax(base_z)
+    ce = log_sum - z.gather(1, next_token[:, None]).squeeze(1)
+    kl = torch.linalg.vecdot(base_p, base_z.sub_(z)) + log_sum - base_log_sum
+    slope = p.mul_(weights.ce + weights.kl).sub_(base_p, alpha=weights.kl)
+    slope.scatter_add_(1, next_token[:, None], slope.new_full((len(slope), 1), -weights.ce))
+    return _OfLogits(ce, kl, decoder.logits_transposed(slope).float())
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of logits [R, V], and the logarithm of its denominator, [R]."""
+    p = z.softmax(-1)
+    top, at = z.max(-1, keepdim=True)  # its probability is at least 1 / V
+    return p, (top - p.gather(1, at).log()).squeeze(1)

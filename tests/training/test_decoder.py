@@ -143,6 +143,40 @@ def test_packed_sequences_do_not_see_each_other(
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("reuse", "kv", "injection"), COMBINATIONS)
+def test_the_student_beside_the_base_model_is_the_student_alone(
+    models: dict[str, Path],
+    hf_models: dict[str, Any],
+    tmp_path: Path,
+    reuse: str,
+    kv: str,
+    injection: str,
+) -> None:
+    """Values and gradients, in packed rows; one sequence and one row are all prompt."""
+    config, tensors = make_adapter(
+        tmp_path, models["qwen2"], drop_layers=DROP, reuse=reuse, kv=kv, injection=injection
+    )
+    adapter = Adapter(config, tensors)
+    sequence = torch.tensor(
+        [[0] * 16 + [2] * 13, [3] * 11 + [1] * 5 + [-1] * 13, [4] * 20 + [-1] * 9]
+    )
+    prompt, k, phase = (torch.cat((x, torch.tensor([y]))) for x, y in
+                        ((PROMPT, 20), (K, 3), (PHASE, 0)))  # fmt: skip
+    schedule = Schedule.of(sequence, prompt, k, phase)
+    tokens, weight = random_tokens(*sequence.shape), torch.randn(65, 128)
+    found = []
+    for checkpoint in (False, True):
+        decoder = ForcedDecoder(hf_models["qwen2"], adapter, checkpoint=checkpoint)
+        alone = decoder.hidden(tokens, schedule)
+        for x in (alone, decoder.hidden_and_base(tokens, schedule)[0]):
+            x = own_positions(x, schedule)
+            gradient = torch.autograd.grad((x * weight).sum(), list(adapter.parameters()))
+            found.append((x, *gradient))
+    for values in found[1:]:
+        for a, b in zip(values, found[0], strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5 * b.abs().max().item(), rtol=0)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     ("backend", "device"),

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from tiny import load_model, make_adapter, make_tokenizer
-from torch import Tensor
 from training_runs import STEPS, WORDS, assert_equal, tensors_of
 
 from lora_drop_vllm.cli import main
@@ -20,7 +19,7 @@ from lora_drop_vllm.method.adapter import read_config
 from lora_drop_vllm.training.checkpoint import FILE, LOG
 from lora_drop_vllm.training.corpus import Corpus
 from lora_drop_vllm.training.gradient import Plan, Trainer
-from lora_drop_vllm.training.objective import Weights, backward, predicting
+from lora_drop_vllm.training.objective import Losses, Weights, backward, predicting
 from lora_drop_vllm.training.rows import Rows
 
 
@@ -52,27 +51,48 @@ def test_predictions_after_the_first_lora_step_count() -> None:
     assert predicting(schedule).tolist() == [3, 4, 5, 6, 7, 9 + 3, 9 + 4]
 
 
-@pytest.mark.parametrize("weights", [Weights(), Weights(0.3, 0.0, 2.0)], ids=["ce-kl", "hidden"])
-def test_the_gradient_in_pieces_is_that_of_the_loss(
+@pytest.mark.parametrize(
+    "weights",
+    [Weights(), Weights(0.3, 0.0, 2.0), Weights(0.0, 1.0, 0.0, 0.25), Weights(1.0, 0.5, 0.1, 0.0)],
+    ids=["ce-kl", "hidden", "refresh", "lora-only"],
+)
+def test_the_gradient_by_the_formula_is_that_of_autograd(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Weights
 ) -> None:
     monkeypatch.setattr("lora_drop_vllm.training.objective.AT_ONCE", 5)
     adapter = Adapter(*make_adapter(tmp_path, models["llama"], drop_layers=[3, 5]))
     decoder = ForcedDecoder(load_model(models["llama"]), adapter)
     tokens, schedule = torch.randint(3, 512, (2, 16)), Schedule.of(rows([16, 11]), 3, 3)
-    losses = backward(decoder, tokens, schedule, weights, 0.5)
+    losses = backward(decoder, tokens, schedule, weights, 0.5).named(weights)
     got = [p.grad.clone() for p in adapter.parameters() if p.grad is not None]
     hidden, base = (x.flatten(0, 1) for x in decoder.hidden_and_base(tokens, schedule))
     at = predicting(schedule)
+    lora = schedule.lora.flatten()[at]
+    assert lora.any() and not lora.all()
     log_p, base_log_p = (decoder.logits(x[at]).log_softmax(-1) for x in (hidden, base))
-    ce = torch.nn.functional.nll_loss(log_p, tokens.flatten()[at + 1])
-    kl = torch.nn.functional.kl_div(log_p, base_log_p, log_target=True, reduction="batchmean")
-    far = (hidden[at] - base[at]).square().mean() / base[at].square().mean()
-    torch.testing.assert_close(losses.float(), torch.stack((ce, kl, far)), atol=1e-4, rtol=1e-4)
-    total = 0.5 * (weights.ce * ce + weights.kl * kl + weights.hidden * far)
-    want = torch.autograd.grad(total, list(adapter.parameters()))
+    ce = torch.nn.functional.nll_loss(log_p, tokens.flatten()[at + 1], reduction="none")
+    kl = torch.nn.functional.kl_div(log_p, base_log_p, log_target=True, reduction="none").sum(-1)
+    far = (hidden[at] - base[at]).square().mean(-1) / base[at].square().mean()
+    weight = torch.where(lora, 1.0, weights.refresh)
+    ce_mean, kl_mean, far_mean = ((weight * x).sum() / weight.sum() for x in (ce, kl, far))
+    total = weights.ce * ce_mean + weights.kl * kl_mean + weights.hidden * far_mean
+    expected = {"loss": total, "ce": ce_mean, "kl": kl_mean, "hidden": far_mean}
+    expected |= {"kl_lora": kl[lora].mean(), "kl_refresh": kl[~lora].mean()}
+    assert losses == {name: pytest.approx(x.item(), abs=1e-4) for name, x in expected.items()}
+    want = torch.autograd.grad(0.5 * total, list(adapter.parameters()))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3 * float(b.abs().max()), rtol=0)
+
+
+def test_a_batch_without_predictions_trains_nothing(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = Adapter(*make_adapter(tmp_path, models["llama"], drop_layers=[3, 5]))
+    decoder = ForcedDecoder(load_model(models["llama"]), adapter)
+    schedule = Schedule.of(rows([8, 6]), torch.tensor([8, 5]), 3)
+    losses = backward(decoder, torch.randint(3, 512, (2, 8)), schedule, Weights(), 1.0)
+    assert losses.named(Weights()) == {"loss": 0.0, "ce": 0.0, "kl": 0.0, "hidden": 0.0}
+    assert all(p.grad is None for p in adapter.parameters())
 
 
 def test_training_lowers_the_loss(whole: Path) -> None:
@@ -167,8 +187,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
 ) -> None:
     real = Trainer._backward
 
-    def poisoned(self: Trainer, *args: Any) -> Tensor:
-        return real(self, *args) * (float("nan") if self.step == 4 else 1)
+    def poisoned(self: Trainer, *args: Any) -> Losses:
+        return Losses(real(self, *args).values * (float("nan") if self.step == 4 else 1))
 
     monkeypatch.setattr(Trainer, "_backward", poisoned)
     assert main([*given, "--out", str(tmp_path)]) == 2
@@ -182,6 +202,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
     [
         (["--steps", "0"], "--steps 0: expected 1 or more"),
         (["--lr", "-1"], "--lr -1.0: expected more than 0"),
+        (["--refresh-weight", "-1"], "--refresh-weight -1.0: expected 0 or more"),
         (["--ce", "0", "--kl", "0"], "--ce, --kl, --hidden: all 0"),
         (["--from", "nowhere"], "there is no adapter_config.json in it"),
         (["--rank", "0"], "--rank 0: expected 1 to 128"),

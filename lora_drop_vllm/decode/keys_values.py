@@ -1,0 +1,96 @@
+"""Objects in the place of a layer's KV cache: keys and values of more positions than its queries.
+
+An attention module hands its new K and V to `update` and attends to what comes back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+class AllPositions:
+    """The K and V of every position, whatever positions the queries are at.
+
+    Args:
+        x: [N, T, d]  the layer's input
+        rope: cos and sin, [N, T, head_dim] each
+    """
+
+    def __init__(self, layer: Any, x: Tensor, rope: tuple[Tensor, Tensor]) -> None:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        attn = layer.self_attn
+        normed = layer.input_layernorm(x)
+        heads = (*x.shape[:-1], -1, attn.head_dim)
+        key, self.value = (
+            project(normed).view(heads).transpose(1, 2) for project in (attn.k_proj, attn.v_proj)
+        )
+        _, self.key = apply_rotary_pos_emb(key, key, *rope)
+
+    def update(self, *_: Any) -> tuple[Tensor, Tensor]:
+        """[N, kv_heads, T, head_dim] each."""
+        return self.key, self.value
+
+
+class Recorded:
+    """The K and V of each layer that ran, kept for a second pass over a part of the positions.
+
+    Attributes:
+        layers: by number of the layer, [N, kv_heads, T, head_dim] each
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """The layer's own K and V."""
+        self.layers[layer] = key, value
+        return key, value
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the rows of a part of a batch stand in the whole.
+
+    Attributes:
+        rows: [M]  flat places in the part's [N, A]; padding is left out
+        at: [M]  flat positions in the whole [N, T]
+    """
+
+    rows: Tensor
+    at: Tensor
+
+    def put(self, whole: Tensor, part: Tensor) -> Tensor:
+        """`whole` [N, T, …] with the rows of `part` [N, A, …] in their places."""
+        rows = part.flatten(0, 1).index_select(0, self.rows).to(whole.dtype)
+        return whole.flatten(0, 1).index_copy(0, self.at, rows).view_as(whole)
+
+
+class Beside:
+    """The recorded K and V of all positions, with those of some rows replaced by new ones.
+
+    Args:
+        recorded: K and V, [N, kv_heads, T, head_dim] each
+        places: of the new rows
+        source: where they come from, if not from the queries' positions
+    """
+
+    def __init__(
+        self,
+        recorded: tuple[Tensor, Tensor],
+        places: Places,
+        source: AllPositions | None = None,
+    ) -> None:
+        self._recorded, self._places, self._source = recorded, places, source
+
+    def update(self, *new: Any) -> tuple[Tensor, Tensor]:
+        """[N, kv_heads, T, head_dim] each."""
+        key, value = new[:2] if self._source is None else self._source.update()
+        base_key, base_value = self._recorded
+        return self._put(base_key, key), self._put(base_value, value)
+
+    def _put(self, whole: Tensor, part: Tensor) -> Tensor:
+        return self._places.put(whole.transpose(1, 2), part.transpose(1, 2)).transpose(1, 2)
