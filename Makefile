@@ -1,4 +1,4 @@
-# The commands of this project. CPU: everything below. GPU: pip install -e '.[cuda,dev]'.
+# The commands of this project. They all run on a CPU; on a GPU: pip install -e '.[cuda,dev]'.
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -14,23 +14,23 @@ $(STAMP): requirements/cpu.txt requirements/install.sh requirements/vllm_shim/py
 demo: install
 	$(BIN)/lora-drop demo
 
-# tests run on JOBS processes of one thread each; vLLM's workers stay where the system puts them
+# tests run in JOBS processes of one thread each; the system places vLLM's workers
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/pytest -n $(JOBS) --dist loadfile
 V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1
 
-# all tests; those of the model runners a second time, with Model Runner V2 in Triton's interpreter
+# all tests, then those of the model runners once more under Model Runner V2 in Triton's interpreter
 test: install check
 	$(PYTEST)
 	$(V2) $(PYTEST) -m runners
 
-# the settings that `make test` leaves out: above all the real model in every one
+# the settings that `make test` leaves out, above all the real model in each of them
 test-matrix: install
 	$(PYTEST) --matrix -m matrix
 	$(V2) $(PYTEST) --matrix -m "matrix and runners"
 
-# random lives of the scheduler, random workloads through the engine: 100 times what `make test` runs;
-# another FIRST_SEED, others
+# random lives of the scheduler and random workloads, 100 times as many as in `make test`; another
+# FIRST_SEED gives others
 EFFORT ?= 100
 FIRST_SEED ?= 0
 soak: install
@@ -41,7 +41,7 @@ soak: install
 fuzz: install
 	$(BIN)/pytest --effort 50 --first-seed $(FIRST_SEED) tests/method/test_adapter_folder.py
 
-# a server under half an hour of mixed traffic: memory, blocks, errors, latency
+# half an hour of mixed traffic at a server: memory, blocks, errors, latency
 soak-server: install
 	$(BIN)/python benchmarks/soak.py
 
@@ -50,7 +50,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# a served model on a CPU: 20 minutes on 2 cores, 18 GB; docs/measuring.md says how it is done
+# a served model on a CPU: 20 minutes on 2 cores, 18 GB; docs/measuring.md says how
 BENCH := $(BIN)/python benchmarks/serve_latency.py --dtype float32
 bench: install
 	$(BENCH) --context 32 --tokens 9 --rounds 50 --kv-tokens 480
@@ -58,7 +58,7 @@ bench: install
 	$(BIN)/python benchmarks/kv_saving.py
 	$(BIN)/python benchmarks/record.py
 
-# of the paper's Table III what does not take an adapter: speed and KV over rho and k; half an hour
+# speed and KV over rho and k (Table III without quality), which need no adapter: half an hour
 bench-grid: install
 	for rho in 0.25 0.5 0.75; do $(BIN)/python benchmarks/decode_latency.py --dtype float32 \
 		--rho $$rho --k 1 2 3 5 --prompt 16 --tokens 13 --rounds 40 || exit 1; done
@@ -66,7 +66,7 @@ bench-grid: install
 	$(BIN)/python benchmarks/record.py
 	$(BIN)/python benchmarks/quality_tables.py
 
-# the engine alone, peers, vLLM's own clients, capacity, where a step's time goes: 38 minutes
+# the engine alone, peers, vLLM's own clients, capacity, parts of a step: 38 minutes
 bench-more: install
 	$(BIN)/python benchmarks/decode_latency.py --dtype float32 --batch 4 --prompt 16 --tokens 13 \
 		--rounds 40

@@ -1,8 +1,8 @@
 """Time per output token with LoRA-Drop, with k = 0 and with stock vLLM, beside the ideal.
 
-One engine per variant, all alive at once in processes of their own, measured in turn: the machine's
-drift then hits all of them alike. Ratios are taken round by round, and their median is the result.
-On a GPU the engines are compiled and use CUDA graphs; on a CPU they are eager unless told.
+One engine per variant lives in a process of its own. They take turns, so that the machine's drift
+hits all of them alike. Ratios are taken round by round; their median is the result. On a GPU the
+engines are compiled and use CUDA graphs, on a CPU they are eager unless `--compile` is given.
 
     python benchmarks/decode_latency.py
     python benchmarks/decode_latency.py --model 1b --rounds 5 --tokens 33
@@ -27,7 +27,7 @@ from lora_drop_vllm.method.layers import choose_layers, eligible_layers, num_dro
 
 
 def engine_arguments(given: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of every engine, sized for the largest batch asked for."""
+    """Arguments of every engine, sized for the largest `--batch`."""
     shape = SHAPES[given.model]
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     size = 4 if given.dtype == "float32" else 2  # bytes of a number
@@ -45,7 +45,7 @@ def engine_arguments(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def start(given: argparse.Namespace, scratch: Path) -> dict[str, Engine]:
-    """The engines of all variants, up and warm."""
+    """Engines of all variants, running and warm."""
     layers = SHAPES[given.model]["num_hidden_layers"]
     full = str(make_shape(scratch / "full", given.model))
     half = str(make_shape(scratch / "half", given.model, layers // 2))
@@ -66,7 +66,7 @@ def start(given: argparse.Namespace, scratch: Path) -> dict[str, Engine]:
 
 
 def drop_layers(given: argparse.Namespace) -> list[int]:
-    """D: the middle run for the share asked for."""
+    """Drop layers D: the middle run for `--rho`."""
     layers = SHAPES[given.model]["num_hidden_layers"]
     count = num_drop_layers(given.rho, layers)
     return choose_layers("contiguous", count, eligible_layers(layers))
@@ -75,9 +75,9 @@ def drop_layers(given: argparse.Namespace) -> list[int]:
 def measure(
     engines: dict[str, Engine], given: argparse.Namespace, batch: int, k: int
 ) -> tuple[Times, dict[str, int]]:
-    """All variants in turn, round by round; the first round warms up.
+    """Times of all variants, which take turns in each round; the first round warms up.
 
-    Returns the times, and by variant the most GPU memory held.
+    Returns the times, and the most GPU memory held by each variant.
 
     Raises:
         RuntimeError: the LoRA steps did not run as scheduled.
@@ -86,10 +86,10 @@ def measure(
     held = {}
     for n in tqdm(range(given.rounds + 1), desc=f"batch {batch}, k {k}"):
         names = list(engines)
-        for name in names[n % len(names) :] + names[: n % len(names)]:  # no one is always last
+        for name in names[n % len(names) :] + names[: n % len(names)]:  # no variant is always last
             own_k = k if name == "lora_drop" else None
             found = engines[name].decode(batch, given.prompt, given.tokens, own_k)
-            # of the tokens behind the prompts', one step in k + 1 is full
+            # after the prompts' step, one step in k + 1 is full
             wanted = (given.tokens - 1) - (given.tokens - 1) // (k + 1)
             if name == "lora_drop" and abs(found["lora_steps"] - wanted) > 1:
                 raise RuntimeError(f"{found['lora_steps']} LoRA steps instead of {wanted}")
@@ -113,7 +113,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--tokens", type=int, default=49, help="generated tokens per measurement")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", default="auto", help="as for vLLM; auto is bfloat16 (default)")
+    parser.add_argument("--dtype", default="auto", help="as in vLLM; auto (default) is bfloat16")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -124,7 +124,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure every k and batch, print, record."""
+    """Measures every k and batch, prints and records."""
     given = parse()
     layers = SHAPES[given.model]["num_hidden_layers"]
     with tempfile.TemporaryDirectory() as scratch:

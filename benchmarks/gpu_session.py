@@ -1,8 +1,8 @@
 """Everything that needs a GPU in one command: tests, kernel times, decode and serving tables.
 
-Stages run in order of worth until the time is over. What has passed is noted in the output folder
-and not run again, so the next call goes on from there; a stage that fails is tried again. Records
-go to benchmarks/results/gpu.jsonl as always, a copy of each stage's output to the folder.
+Stages run until the time is over, the most telling first. The output folder remembers which have
+passed, so the next call resumes after them and tries failed ones again. Records go to
+benchmarks/results/gpu.jsonl as always, a copy of each stage's output to the folder.
 
     python benchmarks/gpu_session.py
     python benchmarks/gpu_session.py --minutes 9 --out DIR
@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAPER_MODELS = ("llama-3-8b", "qwen2.5-7b", "llama-2-7b", "qwen2.5-14b")
 RATIOS = ("0.5", "0.25", "0.75")
-LEAST_SECONDS = 45  # no stage is begun with less left
+LEAST_SECONDS = 45  # seconds; no stage begins with less left
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _serve(model: str) -> tuple[str, ...]:
 
 
 def run(stage: Stage, out: Path, seconds: float) -> dict[str, object]:
-    """Run a stage within its time; returns its line of the log."""
+    """Runs a stage within its time; returns its line of the log."""
     began = time.monotonic()
     with (out / f"{stage.name}.txt").open("w") as output:
         try:
@@ -116,11 +116,11 @@ def run(stage: Stage, out: Path, seconds: float) -> dict[str, object]:
 
 
 def main() -> None:
-    """Run what has not passed yet; exit 1 if a stage failed."""
+    """Runs what has not passed yet; exits with 1 if a stage failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=8.5, help="begin and run nothing beyond")
+    parser.add_argument("--minutes", type=float, default=8.5, help="time limit of the session")
     parser.add_argument("--out", type=Path, default=ROOT / "gpu_session", help="output folder")
     parser.add_argument("--list", action="store_true", help="print the stages and exit")
     given = parser.parse_args()

@@ -1,7 +1,7 @@
 """KV blocks held by one request with LoRA-Drop and without, counted at the pool, beside Eq. 15.
 
-The mean over the second half of the answer: either side rounds up to whole blocks, and at a single
-length that is a matter of luck.
+The result is the mean over the second half of the answer. Both sides round up to whole blocks, so
+that a single length would be a matter of luck.
 
 python benchmarks/kv_saving.py
 python benchmarks/kv_saving.py --rho 0.25 0.5 0.75 --k 1 2 3 5      for docs/quality.md (Fig. 3)
@@ -28,7 +28,7 @@ from lora_drop_vllm.method.layers import num_drop_layers
 
 @contextmanager
 def engine(model: str, settings: dict[str, Any] | None, given: argparse.Namespace) -> Iterator[Any]:
-    """An engine in this process whose pool is large enough for one request."""
+    """Engine in this process whose pool is large enough for one request."""
     from vllm import LLM
 
     found = LLM(
@@ -69,11 +69,13 @@ def bytes_held(core: Any, k: int | None, given: argparse.Namespace) -> int:
         raise RuntimeError(f"k = {k}: no LoRA step ran, so nothing was measured")
     config = scheduler.kv_cache_config
     block = config.kv_cache_tensors[0].size // config.num_blocks  # tensors share the pool
-    return round(block * statistics.fmean(held[len(held) // 2 : -1]))  # behind the last step: none
+    return round(
+        block * statistics.fmean(held[len(held) // 2 : -1])
+    )  # after the last step a request holds none
 
 
 def main() -> None:
-    """Count, print, record."""
+    """Counts, prints and records."""
     given = _arguments()
     quiet()
     layers = SHAPES[given.model]["num_hidden_layers"]

@@ -1,13 +1,13 @@
-"""Time of the update kernels on a CUDA GPU, beside what could be expected of them.
+"""Time of the update kernels on a CUDA GPU, beside the least that it could be.
 
 Each case is first checked against the reference; a wrong kernel is not timed. Times are per update
-or run in a CUDA graph of many, median over rounds. Every one of them has an A and B of its own and
-the L2 cache is cleared in front of each replay: when a layer's turn comes in a model, the other
-layers' weights have passed through it. `--hot` leaves them in the cache.
+or run in a CUDA graph of many, median over rounds. Each of them has an A and B of its own, and the
+L2 cache is cleared before each replay: in a model, the other layers' weights have passed through it
+when a layer's turn comes. `--hot` leaves the weights in the cache.
 
 The bound is the time to copy as many bytes as must be read and written, or an empty kernel's launch
-if that is longer. The alternatives to the launch table's choice are timed as well: the table in
-kernels/heuristics.py is to be set from them.
+if that takes longer. The alternatives to the launch table's choice are timed as well, to set the
+table in kernels/heuristics.py from them.
 
     python benchmarks/op_latency.py
     python benchmarks/op_latency.py --d 4096 --r 16 32 --rows 1 8 128 --layers 1 14
@@ -54,7 +54,7 @@ class Case:
         return f"{what}, d={self.d} r={self.r} rows={self.rows} {str(self.dtype)[6:]}"
 
     def bytes(self) -> int:
-        """What must pass through memory: A, B and states, x in and out."""
+        """Bytes that must pass through memory: A, B and states, x in and out."""
         numbers = self.layers * (2 * self.d * self.r + self.rows * self.d) + 2 * self.rows * self.d
         return numbers * self.dtype.itemsize
 
@@ -99,7 +99,7 @@ def launches(case: Case) -> list[Chain | Launch]:
 
 
 def describe(launch: Chain | Launch) -> str:
-    """A launch in a word: its kind and its sizes in the order of its fields."""
+    """Short name of a launch: its kind, and its sizes in the order of its fields."""
     kind, *sizes = (type(launch).__name__.lower(), *astuple(launch))
     if kind == "launch":
         kind = "split" if sizes.pop(0) else "one"
@@ -107,7 +107,7 @@ def describe(launch: Chain | Launch) -> str:
 
 
 def kernel(given: dict[str, Tensor], launch: Chain | Launch) -> Tensor:
-    """A case by Triton."""
+    """Result of a case by Triton."""
     from lora_drop_vllm.kernels.reference import Update
     from lora_drop_vllm.kernels.triton_run import drop_run_triton
     from lora_drop_vllm.kernels.triton_update import drop_update_triton
@@ -120,7 +120,7 @@ def kernel(given: dict[str, Tensor], launch: Chain | Launch) -> Tensor:
 
 
 def reference(given: dict[str, Tensor]) -> Tensor:
-    """A case by the reference, in fp32."""
+    """Result of a case by the reference, in fp32."""
     from lora_drop_vllm.kernels.reference import Update, drop_run
 
     x, states, slots = (given[name] for name in ("x", "states", "slots"))
@@ -128,7 +128,7 @@ def reference(given: dict[str, Tensor]) -> Tensor:
 
 
 def unfused(given: dict[str, Tensor]) -> Tensor:
-    """What a pair of matmuls and elementwise kernels make of a case."""
+    """Result of a case by a pair of matmuls and elementwise kernels."""
     x = given["x"]
     for state, a, b in zip(given["states"], given["A"], given["B"]):
         x = x + state[given["slots"]] + RULE["scale"] * torch.mm(torch.mm(x, a.T), b.T)
@@ -136,10 +136,10 @@ def unfused(given: dict[str, Tensor]) -> Tensor:
 
 
 def check(case: Case, device: str) -> None:
-    """Exit naming the case and the launch, if a result is not the reference's."""
+    """Exits naming case and launch if a result differs from the reference's."""
     (given,) = case.inputs(1, device)
     want = reference(given)
-    # in a run, elements that round the other way carry on to the layers behind
+    # in a run, elements that round the other way carry on to the later layers
     tolerance = TOLERANCE[case.dtype] * (1 if case.layers == 1 else 3)
     for launch in launches(case):
         try:
@@ -171,7 +171,7 @@ def graph_time(calls: list[Callable[[], Any]], rounds: int, flush: Tensor | None
 
 
 def floors(count: int, rounds: int) -> dict[str, float]:
-    """What no kernel is faster than: an empty Triton kernel's launch, and copying its bytes."""
+    """Lower bounds of any kernel: the launch of an empty Triton kernel, and copying the bytes."""
     import triton
 
     @triton.jit
@@ -215,7 +215,7 @@ def measure(case: Case, floor: dict[str, float], arguments: argparse.Namespace) 
 
 
 def show(results: list[dict[str, Any]], floor: dict[str, float]) -> None:
-    """Print the results as a table."""
+    """Prints the results as a table."""
     print(
         f"empty launch {floor['empty_launch_us']:.2f} us, "
         f"copy {floor['copy_bytes_per_us'] / 1e6:.2f} TB/s\n"
@@ -231,12 +231,12 @@ def show(results: list[dict[str, Any]], floor: dict[str, float]) -> None:
 
 
 def parse() -> tuple[argparse.Namespace, list[Case]]:
-    """The settings, and the cases they ask for."""
+    """The settings and their cases."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--d", type=int, nargs="+", help="hidden sizes, all with every --r")
-    parser.add_argument("--r", type=int, nargs="+", default=[16], help="ranks, used with --d")
+    parser.add_argument("--d", type=int, nargs="+", help="hidden sizes, each with every --r")
+    parser.add_argument("--r", type=int, nargs="+", default=[16], help="ranks, each with every --d")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 14], help="1: no run")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -257,7 +257,7 @@ def parse() -> tuple[argparse.Namespace, list[Case]]:
 
 
 def main() -> None:
-    """Check, time, print, record."""
+    """Checks, times, prints and records."""
     arguments, cases = parse()
     if arguments.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel

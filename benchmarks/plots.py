@@ -12,11 +12,11 @@ from support import plots, record
 
 
 def main() -> None:
-    """Draw what the newest records hold."""
+    """Draws what the newest records hold."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     given = parser.parse_args()
     plots.require_matplotlib()
     given.out.mkdir(parents=True, exist_ok=True)

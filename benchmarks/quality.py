@@ -1,7 +1,7 @@
-r"""Quality of adapters made alike, over rho, k, rank, text and whatever else is listed.
+r"""Quality of adapters that differ in rho, k, rank, text and whatever else is listed.
 
-Every combination of the lists is fitted in closed form and measured under the served schedule
-beside the base model; each gives one record. `--adapter` measures finished ones instead.
+Each combination of the lists is fitted in closed form, measured under the served schedule beside
+the base model, and recorded. `--adapter` measures finished adapters instead.
 
     python benchmarks/quality.py MODEL --corpus web.jsonl.gz --text test.txt --limit 16
     python benchmarks/quality.py MODEL --corpus web.jsonl.gz --text test.txt --rho 0.5 --k 2 \
@@ -41,7 +41,7 @@ LISTS = ("layers", "rho", "k", "rank", "reuse", "kv", "injection", "tokens", "se
 
 
 def main() -> None:
-    """Fit or load, measure, record, print."""
+    """Fits or loads, measures, records and prints."""
     given = _arguments()
     model, tokenizer = open_model(given.model)
     windows = text_windows(tokenizer, read_text(given.text), given.limit).to(model.device)
@@ -68,7 +68,7 @@ def main() -> None:
 def _adapters(
     given: argparse.Namespace, model: Any, tokenizer: Any
 ) -> Iterator[tuple[dict[str, Any], AdapterConfig, dict[str, Any]]]:
-    """What is measured: settings for the record, and the adapter."""
+    """Adapters to measure: settings for the record, config and tensors."""
     for folder in given.adapter:
         config = read_config(folder)
         yield (
@@ -95,10 +95,10 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
-    parser.add_argument("--corpus", nargs="*", type=Path, default=[], help="to fit on")
+    parser.add_argument("--corpus", nargs="*", type=Path, default=[], help="text to fit on")
     parser.add_argument("--adapter", nargs="*", type=Path, default=[], help="folders to measure")
     parser.add_argument("--text", required=True, type=Path, help="plain text to measure on")
-    parser.add_argument("--limit", type=int, default=16, help="windows of it (default: 16)")
+    parser.add_argument("--limit", type=int, default=16, help="windows of the text (default: 16)")
     parser.add_argument("--tasks", nargs="*", type=Path, default=[], help="JSONL files")
     parser.add_argument("--limit-tasks", type=int, help="questions of each (default: all)")
     parser.add_argument("--profile", type=Path, help="profile.json that scores the layers")

@@ -34,12 +34,12 @@ QUALITY: list[Column] = [
 
 
 def setting(name: str, heading: str | None = None) -> Column:
-    """A column of one of the settings."""
+    """Column that shows a setting."""
     return heading or name, lambda r: str(r["settings"][name])
 
 
 def table(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
-    """Markdown."""
+    """Markdown table, line by line."""
     heads, values = zip(*columns)
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     return lines + ["| " + " | ".join(value(r) for value in values) + " |" for r in records]
@@ -64,14 +64,14 @@ def _saved(r: Record) -> str:
 
 
 def _measured(benchmark: str, r: Record, **wanted: Any) -> dict[str, Any]:
-    """What the model's shape gave at the same rho and k; nothing where it was not run."""
+    """Metrics of the model's shape at the same rho and k; empty without a record."""
     wanted |= {"model": "135m"} | {name: r["settings"][name] for name in ("rho", "k")}
     found = record.latest(benchmark, **wanted)
     return found["metrics"] if found else {}
 
 
 def _questions(records: Sequence[Record]) -> list[str]:
-    """Accuracy task by task, and the mean loss over all, of the adapters that were asked."""
+    """Accuracy by task, and the mean loss over all tasks, for each adapter that was asked."""
     names = ("adapter", "task", "questions", "scored at LoRA steps", "accuracy", "base")
     lines = ["| " + " | ".join((*names, "loss, points", "p")) + " |", "|" + " --- |" * 8]
     for r in records:
@@ -91,7 +91,7 @@ def _questions(records: Sequence[Record]) -> list[str]:
 
 
 def _answers(records: Sequence[Record]) -> list[str]:
-    """What the served model answered freely, by task and measure."""
+    """Scores of freely decoded answers, by task and measure."""
     names = ("adapter", "task", "questions", "LoRA steps", "cut off (base)", "measure", "right")
     lines = ["| " + " | ".join((*names, "base", "p")) + " |", "|" + " --- |" * 9]
     for r in records:
@@ -162,7 +162,7 @@ def draw_saving(records: Sequence[Record]) -> None:
 
 
 def draw(records: Sequence[Record], across: str, curve: str, name: str) -> None:
-    """Perplexity over one setting, a curve for every value of another."""
+    """Perplexity over one setting, with a curve for each value of another."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -47,7 +47,7 @@ def rendered(page: Path) -> str:
 
 
 def main() -> None:
-    """Render, or compare."""
+    """Renders, or compares."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

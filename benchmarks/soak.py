@@ -1,14 +1,14 @@
-"""A server left running under mixed traffic: what grows, what leaks, what fails, what slows down.
+"""A server under mixed traffic for a while: what grows, leaks, fails or slows down.
 
 python benchmarks/soak.py                  30 minutes on the real 135M model
 python benchmarks/soak.py --minutes 2
 
-Streams and whole answers of random prompts, some with a shared beginning, of random length and k,
-sampled or greedy; some are dropped in mid-answer. Prompts are short beside answers, so that fewer
-than one gap in twenty holds another request's prompt: p95 is then that of a decoding step, not of
-how many long prompts chance has put together. After a warm-up of a sixth of the time, and again
-at the end, the traffic pauses: every KV block must be back, and the memory of all processes of the
-server is read. The exit status is 1 where a bound is broken.
+Clients ask for streams and whole answers to random prompts, some with a shared beginning, of random
+length and k, sampled or greedy; some hang up in mid-answer. Prompts are short beside answers, so
+that fewer than one gap in twenty holds another request's prompt: p95 is then that of a decoding
+step and does not measure how many prompts coincide. After a warm-up of a sixth of the time, and
+again at the end, the traffic pauses: every KV block must be back, and the memory of all processes
+of the server is read. The exit status is 1 if a bound is broken.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHARED = [7 + n % 900 for n in range(200)]
 
 @dataclass
 class Traffic:
-    """What the clients saw, from all of their threads.
+    """Observations of the clients, from all of their threads.
 
     Attributes:
         gaps: when a streamed token came (s since the start), and ms since the one before it
@@ -73,7 +73,7 @@ def body_of(rng: random.Random, k: int) -> dict[str, Any]:
 
 
 def ask(api: Any, name: str, rng: random.Random, k: int, traffic: Traffic) -> None:
-    """One request: read whole, as a stream, or as a stream that is dropped in its midst."""
+    """Sends one request: read whole, as a stream, or as a stream dropped halfway."""
     body = body_of(rng, k)
     how = rng.choice(("whole", "stream", "stream", "stream", "drop"))
     answer = api.completions.create(model=name, stream=how != "whole", **body)
@@ -88,7 +88,7 @@ def ask(api: Any, name: str, rng: random.Random, k: int, traffic: Traffic) -> No
 
 
 def follow(stream: Any, chunks: int | None, traffic: Traffic) -> None:
-    """Read a stream to its end, or hang up after so many chunks."""
+    """Reads a stream to its end, or hangs up after so many chunks."""
     last, reason = None, None
     for n, chunk in enumerate(stream):
         now = traffic.elapsed()
@@ -104,12 +104,12 @@ def follow(stream: Any, chunks: int | None, traffic: Traffic) -> None:
 
 
 def client(server: Server, seed: int, k: int, traffic: Traffic, until: float) -> None:
-    """Ask one request after the other until that time (s since the start)."""
+    """Sends one request after the other until that time (s since the start)."""
     rng, api = random.Random(seed), server.client()
     while traffic.elapsed() < until:
         try:
             ask(api, server.name, rng, k, traffic)
-        except Exception as error:  # whatever it is, it is what the soak looks for
+        except Exception as error:  # any error is what the soak looks for
             traffic.errors.append(f"{type(error).__name__}: {error}")
             time.sleep(1)
 
@@ -123,7 +123,7 @@ def rss(server: Server) -> int:
             if entry.name.isdigit() and _session(entry) == server.process.pid:
                 total += int((entry / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         except OSError:
-            continue  # it ended meanwhile
+            continue  # it has ended meanwhile
     return total
 
 
@@ -132,7 +132,7 @@ def _session(entry: Path) -> int:
 
 
 def blocks_left(server: Server) -> int:
-    """KV blocks of the drop layers that are still held, after time to give them back."""
+    """KV blocks of the drop layers that are still held after time to return them."""
     for _ in range(100):
         if not (blocks := server.metrics()["kv_blocks"]):
             return 0
@@ -141,7 +141,7 @@ def blocks_left(server: Server) -> int:
 
 
 def soak(server: Server, given: argparse.Namespace, k: int) -> dict[str, Any]:
-    """Run the traffic and measure."""
+    """Runs the traffic and measures."""
     ask(server.client(), server.name, random.Random(0), k, Traffic())  # what happens only once
     traffic, length = Traffic(), 60 * given.minutes
     memory, left = [], 0
@@ -162,7 +162,7 @@ def soak(server: Server, given: argparse.Namespace, k: int) -> dict[str, Any]:
 def metrics_of(
     traffic: Traffic, length: float, memory: list[int], left: int, counted: dict[str, int]
 ) -> dict[str, Any]:
-    """The figures that `BOUNDS` speaks of, and what they come from.
+    """Figures that `BOUNDS` limits, and what they come from.
 
     Raises:
         RuntimeError: no LoRA step ran, or hardly a token was streamed: nothing was tested.
@@ -191,7 +191,7 @@ def metrics_of(
 
 
 def broken(metrics: dict[str, Any]) -> list[str]:
-    """The bounds that the figures break."""
+    """Names of the bounds that the figures break."""
     return [name for name, most in BOUNDS.items() if metrics[name] > most]
 
 
@@ -209,7 +209,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Serve, soak, print, record."""
+    """Serves, soaks, prints and records."""
     given = parse()
     settings = {"lora_drop": {"adapter": str(BUNDLED_ADAPTER)}}
     k = json.loads((BUNDLED_ADAPTER / "adapter_config.json").read_text())["k"]

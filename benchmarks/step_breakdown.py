@@ -1,9 +1,9 @@
-"""Where a step's time goes on the CPU, part by part, out of a torch.profiler trace.
+"""Parts of a step's time on the CPU, from a torch.profiler trace.
 
-One engine in this process decodes under LoRA-Drop, another as stock vLLM. The parts that both kinds
-of step have should cost the same in both: what a LoRA step spends beyond that, and on the drop
-layers, is its gap to the ideal, in which they are free. The profiler slows everything down; the
-time of a step without it stands beside.
+One engine in this process decodes under LoRA-Drop, another as stock vLLM. Parts that both have
+should cost the same in both. What a LoRA step spends beyond that, and on the drop layers, is its
+gap to the ideal, in which the drop layers are free. The profiler slows everything down, so the time
+of a step without it is recorded as well.
 
     python benchmarks/step_breakdown.py
     python benchmarks/step_breakdown.py --model 1b --batch 4 --trace DIR
@@ -42,12 +42,12 @@ PARTS = (
     "scheduler",
     STEP,
 )
-EDGE = 4  # steps at both ends that are left out: the prompt's, and those that only hand out
+EDGE = 4  # steps left out at both ends: the prompt's, and those that only hand out
 
 
 @dataclass(frozen=True)
 class Span:
-    """One profiled call of a part, in milliseconds since any time."""
+    """One profiled call of a part; milliseconds from an arbitrary start."""
 
     part: str
     start: float
@@ -55,7 +55,7 @@ class Span:
 
 
 def own_times(spans: Iterable[Span]) -> list[dict[str, float]]:
-    """For each step, by part, the time not spent in other parts inside of it."""
+    """Time of each part in each step, without the other parts inside of it."""
     steps: list[dict[str, float]] = []
     inside: list[Span] = []
     for span in sorted(spans, key=lambda s: (s.start, -s.end)):
@@ -64,7 +64,7 @@ def own_times(spans: Iterable[Span]) -> list[dict[str, float]]:
         if span.part == STEP:
             steps.append(defaultdict(float))
         elif not inside:
-            continue  # outside of any step
+            continue  # outside of all steps
         else:
             steps[-1][inside[-1].part] -= span.end - span.start
         steps[-1][span.part] += span.end - span.start
@@ -73,13 +73,13 @@ def own_times(spans: Iterable[Span]) -> list[dict[str, float]]:
 
 
 def gap(lora: dict[str, float], full: dict[str, float]) -> dict[str, float]:
-    """What each part of a LoRA step costs beyond the ideal, in which D is free."""
+    """Cost of each part of a LoRA step beyond the ideal, in which D is free."""
     free = (DROP, SAVING)
     return {part: lora[part] - (0.0 if part in free else full[part]) for part in PARTS}
 
 
 def annotate(owner: Any, method: str, part: str) -> None:
-    """Let the profiler see the calls of a method as a part."""
+    """Shows the calls of a method to the profiler as a part."""
     from torch.profiler import record_function
 
     call: Callable[..., Any] = getattr(owner, method)
@@ -94,7 +94,7 @@ def annotate(owner: Any, method: str, part: str) -> None:
 
 
 def annotate_engine(engine: Any) -> None:
-    """Mark all parts of an engine in this process."""
+    """Marks all parts of an engine in this process."""
     core = engine.engine_core.engine_core
     runner = engine.model_executor.driver_worker.worker.model_runner
     for method in ("schedule", "update_from_output"):
@@ -116,7 +116,7 @@ def annotate_engine(engine: Any) -> None:
 
 
 def decode(engine: Any, given: argparse.Namespace) -> tuple[list[str], list[float]]:
-    """Decode one batch; the kind and the milliseconds of every step."""
+    """Decodes one batch; returns kind and milliseconds of every step."""
     from vllm import SamplingParams
 
     tracker = getattr(engine.engine_core.engine_core.scheduler, "tracker", None)
@@ -135,7 +135,7 @@ def decode(engine: Any, given: argparse.Namespace) -> tuple[list[str], list[floa
 
 
 def profile(model: Path, settings: dict[str, Any] | None, given: argparse.Namespace) -> Any:
-    """By kind of step: median own time of every part, and of the step without the profiler."""
+    """Median own time of each part by kind of step, and of the step without the profiler."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
     from vllm import LLM
@@ -169,7 +169,7 @@ def profile(model: Path, settings: dict[str, Any] | None, given: argparse.Namesp
 
 
 def _by_kind(kinds: list[str], steps: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """The median of every part over the steps of each kind."""
+    """Median of each part over the steps of each kind."""
     found = {}
     for kind in set(kinds):
         own = [s for k, s in list(zip(kinds, steps, strict=True))[EDGE:-EDGE] if k == kind]
@@ -213,7 +213,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--k", type=int, default=3)
     add("--batch", type=int, default=1, help="requests at once")
     add("--prompt", type=int, default=64, help="prompt tokens")
-    add("--tokens", type=int, default=65, help="generated by each request")
+    add("--tokens", type=int, default=65, help="generated tokens of each request")
     add("--trace", type=Path, help="folder for the traces, to look at in Perfetto")
     given = parser.parse_args(argv)
     if given.tokens < 4 * EDGE + 2 * (given.k + 1):
@@ -222,7 +222,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Profile, print, record."""
+    """Profiles, prints and records."""
     given = parse()
     quiet()
     import torch

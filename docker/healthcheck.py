@@ -1,4 +1,4 @@
-"""Health check of the images: one completion from the server itself, not just an open port."""
+"""Health check of the images: one completion from the server, not just an open port."""
 
 import json
 import urllib.request

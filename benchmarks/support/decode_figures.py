@@ -1,4 +1,4 @@
-"""What the times of steps say: ratios with intervals, the ideal, percentiles."""
+"""Figures from the times of steps: ratios with intervals, the ideal, percentiles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Times = dict[str, list[list[float]]]  # by variant and round, the milliseconds o
 def metrics_of(rounds: Times, layers: int, drop: list[int], k: int) -> dict[str, Any]:
     """Ratios of a measurement, its ideal, and the milliseconds behind them.
 
-    Without the variant `fewer_layers` nobody knows what a layer costs, and what follows from it is
+    Without the variant `fewer_layers` the cost of a layer is unknown, and what follows from it is
     left out.
     """
     typical = {name: [cycle_mean(times, k + 1) for times in runs] for name, runs in rounds.items()}
@@ -52,7 +52,7 @@ def metrics_of(rounds: Times, layers: int, drop: list[int], k: int) -> dict[str,
 
 
 def split_by_kind(rounds: list[list[float]], k: int) -> dict[str, list[float]]:
-    """The steps behind the prompt by kind: k LoRA steps, a full step, and so on."""
+    """Steps after the prompt by kind: k LoRA steps, a full step, and so on."""
     steps = [step for times in rounds for step in enumerate(times)]
     return {
         "lora": [t for n, t in steps if n % (k + 1) < k],
@@ -72,13 +72,13 @@ def percentiles(rounds: Times) -> dict[str, dict[str, float]]:
 
 
 def cycle_mean(times: list[float], period: int) -> float:
-    """Mean time of a token over all windows of one cycle; every variant's, so that they compare."""
+    """Mean time per token over all windows of one cycle, for each variant alike."""
     windows = range(len(times) - period + 1)
     return statistics.fmean(statistics.fmean(times[i : i + period]) for i in windows)
 
 
 def interval_95(values: list[float]) -> tuple[float, float]:
-    """Where the median lies with 95 % confidence: percentiles of the bootstrap's medians."""
+    """95 % interval of the median: percentiles of the bootstrap's medians."""
     drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
     low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
     return float(low), float(high)

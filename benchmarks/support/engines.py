@@ -1,4 +1,4 @@
-"""What the benchmarks run: shapes with dummy weights, and engines in processes of their own."""
+"""Shapes with dummy weights, and engines in processes of their own."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_shape(folder: Path, name: str, num_layers: int | None = None) -> Path:
-    """A folder with nothing but a config, for dummy weights; its own depth unless told."""
+    """Folder with nothing but a config, for dummy weights; `layers` overrides its depth."""
     from transformers import LlamaConfig, Qwen2Config
 
     shape = SHAPES[name] | ({} if num_layers is None else {"num_hidden_layers": num_layers})
@@ -85,7 +85,7 @@ def lora_drop(settings: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def quiet() -> None:
-    """An engine inside this process, without a hub and without chatter."""
+    """Engine inside this process, without a hub and without chatter."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         HF_HUB_OFFLINE="1",
@@ -95,12 +95,12 @@ def quiet() -> None:
 
 
 class Engine:
-    """An engine in a process of its own; starting is over when `wait` returns.
+    """Engine in a process of its own; it is up when `wait` returns.
 
     Args:
         model: folder
-        settings: of LoRA-Drop, or None for the stock model
-        arguments: of vLLM's `LLM`
+        settings: settings of LoRA-Drop, or None for the stock model
+        arguments: arguments of vLLM's `LLM`
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Engine:
         other.close()
 
     def wait(self) -> None:
-        """Return when the engine is up.
+        """Waits until the engine is up.
 
         Raises:
             EOFError: its process ended first.
@@ -122,7 +122,7 @@ class Engine:
         assert self.pipe.recv() == "ready"
 
     def decode(self, batch: int, prompt: int, tokens: int, k: int | None) -> dict[str, Any]:
-        """Decode `tokens` tokens for `batch` requests that come at once.
+        """Decodes `tokens` tokens for `batch` requests that arrive at once.
 
         Returns:
             `times`: milliseconds of the steps after the last prompt's in which every request
@@ -134,7 +134,7 @@ class Engine:
     def fill(
         self, batch: int, prompt: int, tokens: int, stop_at_preemption: bool = False
     ) -> dict[str, Any]:
-        """Run `batch` requests that come at once to their end, or to the first preemption.
+        """Runs `batch` requests that arrive at once to their end, or to the first preemption.
 
         Returns:
             `seconds`; `preemptions`; `lora_steps`; `blocks` of the KV pool; `most_blocks` that
@@ -148,7 +148,7 @@ class Engine:
         return found
 
     def close(self) -> None:
-        """Stop the process."""
+        """Stops the process."""
         self.pipe.send(None)
         self.process.join(20)
         self.process.kill()
@@ -186,7 +186,7 @@ def _add(engine: Any, batch: int, prompt: int, tokens: int, k: int | None = None
 
 
 def lora_steps(scheduler: Any) -> int:
-    """LoRA steps that an engine has run; 0 of the stock model's."""
+    """LoRA steps that an engine has run; 0 for the stock model."""
     tracker = getattr(scheduler, "tracker", None)
     return tracker.totals.lora_steps if tracker else 0
 
@@ -210,7 +210,7 @@ def _fill(engine: Any, batch: int, prompt: int, tokens: int, stop: bool) -> dict
     free = least = pool.get_num_free_blocks()
     before, running = lora_steps(scheduler), 0
     _add(engine, batch, prompt, tokens)
-    preempted: dict[str, int] = {}  # by request: how often
+    preempted: dict[str, int] = {}  # preemptions by request
     start = time.perf_counter()
     while engine.has_unfinished_requests():
         engine.step()

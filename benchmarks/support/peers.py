@@ -1,4 +1,4 @@
-"""What else one could serve the same model with: speed and quality in one session, on one text.
+"""Other ways to serve the same model: speed and quality in one session, on one text.
 
 Unified Layer Skipping is `reuse: none` on evenly spaced layers with a k beyond the output; n-gram
 speculation is vLLM's own. Quality is measured offline, teacher-forced on the same text under the
@@ -36,7 +36,7 @@ from support.variants import Variant, started
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
 DRAFTS = "spec_decode_num_drafts_total"
-WINDOWS = 16  # of the text, for quality
+WINDOWS = 16  # of the text; quality is measured on them
 FLEXIDEPTH = {
     "what": "FlexiDepth",
     "why_not": "needs a trained router, whose weights are not available for this model",
@@ -45,7 +45,7 @@ Blocks = dict[str, list[Block]]
 
 
 def run(subject: Subject, given: argparse.Namespace, stock: Variant) -> list[dict[str, Any]]:
-    """Measure all peers for every context and concurrency; returns the records.
+    """Measures all peers for every context and concurrency; returns the records.
 
     Raises:
         ValueError: the text is too short.
@@ -117,7 +117,7 @@ def rows(
 
 
 def manual() -> str:
-    """The text where none is given: the language manual that every Python carries."""
+    """Default text: the language manual that every Python carries."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
@@ -135,14 +135,14 @@ def text_prompts(ids: Sequence[int]) -> Prompts:
 
 
 def _ms_per_token(answers: list[Answer]) -> float:
-    """Mean time of a token behind the first; speculation brings several at once."""
+    """Mean time of a token after the first; speculation brings several at once."""
     return statistics.fmean(
         1000 * (a.stamps[-1] - a.stamps[0]) / (len(a.stamps) - 1) for a in answers
     )
 
 
 def _same(stock: list[Block], other: list[Block]) -> float:
-    """Share of generated tokens, place by place, that are stock vLLM's own."""
+    """Share of generated tokens that stock vLLM has in the same place."""
     pairs = [
         x == y
         for mine, theirs in zip(stock, other, strict=True)
@@ -155,7 +155,7 @@ def _same(stock: list[Block], other: list[Block]) -> float:
 def _text_and_quality(
     subject: Subject, given: argparse.Namespace, configs: list[LoRADropConfig]
 ) -> tuple[list[int], dict[str, dict[str, float]]]:
-    """The text as token ids, and what LoRA-Drop and layer skipping make of it."""
+    """Token ids of the text, and the quality of LoRA-Drop and layer skipping on it."""
     base, tokenizer = open_model(str(subject.folder))
     text = given.text.read_text() if given.text else manual()
     ids = tokenizer(text).input_ids
@@ -173,7 +173,7 @@ def _text_and_quality(
 
 
 def offline_adapter(subject: Subject, config: LoRADropConfig) -> Adapter:
-    """What is served under a config, for the offline decode."""
+    """Adapter of a served config, for the decode of all positions."""
     described = AdapterConfig(
         base_model_name_or_path=subject.name,
         base_model=subject.shape,

@@ -1,4 +1,4 @@
-"""Figures from the records of serve_latency.py; needs matplotlib, of the extra `bench`."""
+"""Figures from the records of serve_latency.py. Needs matplotlib (extra `bench`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = {"lora": "LoRA", "full": "full"}
 
 
 def require_matplotlib() -> None:
-    """Exit with the way out where figures cannot be drawn."""
+    """Exits with the way out if figures cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit(
             "no figure can be drawn, because matplotlib is not installed; "
@@ -25,7 +25,7 @@ def require_matplotlib() -> None:
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """All figures that these records of serve_latency.py allow; returns what was written."""
+    """Draws all figures that these records of serve_latency.py allow; returns the files."""
     found = []
     sizes = ("model", "concurrency", "context")
     for key, group in _grouped(records, *sizes, "rho", "k"):

@@ -23,7 +23,7 @@ PACKAGES = ("torch", "triton", "vllm", "lora_drop_vllm")
 def write(
     name: str, settings: dict[str, Any], metrics: dict[str, Any], failed: str | None = None
 ) -> dict[str, Any]:
-    """Append a record to `results/<machine>.jsonl` and return it.
+    """Appends a record to `results/cpu.jsonl` or `results/gpu.jsonl` and returns it.
 
     Args:
         name: the benchmark
@@ -96,7 +96,7 @@ def by_settings(*further: str) -> list[list[dict[str, Any]]]:
 
 
 def settings_key(record: dict[str, Any], *further: str) -> str:
-    """Equal for records that `by_settings` puts together."""
+    """Key that is equal for records which `by_settings` groups."""
     settings = record["settings"] | {"rounds": None}
     key = [record[name] for name in ("benchmark", "machine", *further)]
     return json.dumps([key, settings], sort_keys=True)

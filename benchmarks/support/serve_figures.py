@@ -1,4 +1,4 @@
-"""From streamed answers to figures: which steps count, what kind they are, what they say."""
+"""Figures from streamed answers: which steps count, and of what kind they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.decode_figures import metrics_of, split_by_kind
 from support.stream_client import Answer, RunFailedError
 
 COUNTERS = ("lora_drop_full_steps_total", "lora_drop_lora_steps_total")
-QUANTILES = tuple(range(5, 100, 5))  # of the latencies by kind of step, percent
+QUANTILES = tuple(range(5, 100, 5))  # percent, of the latencies by kind of step
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Block:
     """One burst of one variant.
 
     Attributes:
-        steps: full and LoRA steps that the server counted meanwhile; none for stock vLLM
+        steps: full and LoRA steps that the server counted meanwhile; None for stock vLLM
     """
 
     answers: list[Answer]
@@ -47,9 +47,9 @@ def together(answers: list[Answer]) -> list[float]:
 
 
 def check_steps(block: Block, k: int) -> None:
-    """Raise RunFailedError unless the server counted the LoRA steps that this k makes.
+    """Raises RunFailedError unless the server counted the LoRA steps that this k makes.
 
-    A lone request's are known exactly; of several, those behind the last prompt.
+    For a lone request the number is exact; for several it is that after the last prompt.
     """
     if block.steps is None:
         raise RunFailedError("the server has no LoRA-Drop counters; is it stock vLLM?")
@@ -99,7 +99,7 @@ def quantiles(values: list[float]) -> list[float]:
 
 
 def shared_chunks(blocks: list[Block]) -> int:
-    """Tokens that did not come in a chunk of their own; their gaps are 0."""
+    """Number of tokens that shared a chunk; their gaps are 0."""
     return sum(len(a.tokens) - a.chunks for b in blocks for a in b.answers)
 
 

@@ -1,4 +1,4 @@
-"""The servers that are measured over HTTP: which model, and with which arguments of vLLM."""
+"""Servers that are measured over HTTP: their model and their arguments of vLLM."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Subject:
     """The model under measurement.
 
     Attributes:
-        name: as the tables show it
-        folder: with its config and tokenizer
+        name: name in the tables
+        folder: folder with its config and tokenizer
         dummy: whether its weights are made up
         adapter: folder, or None for `untrained`
     """
@@ -49,7 +49,7 @@ class Subject:
 
     @property
     def shape(self) -> BaseModel:
-        """What an adapter must agree on with it."""
+        """Type, depth and width, which an adapter must match."""
         return BaseModel.of(self.config)
 
     def settings(self, rho: float | None, k: int | None) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def open_subject(model: str, adapter: str | None, scratch: Path) -> Subject:
     Args:
         model: one of `SHAPES`, `demo`, or a folder
         adapter: folder
-        scratch: where a shape's folder is made
+        scratch: folder in which a shape's folder is made
 
     Raises:
         ValueError: there is no such model.
@@ -132,12 +132,12 @@ def engine_flags(subject: Subject, given: argparse.Namespace) -> list[str]:
 def fewer_layers_flags(subject: Subject) -> list[str]:
     """Arguments of vLLM for the same model with half of its layers, whose output means nothing."""
     half: dict[str, Any] = {"num_hidden_layers": subject.num_layers // 2}
-    if kinds := subject.config.get("layer_types"):  # must stay as long as there are layers
+    if kinds := subject.config.get("layer_types"):  # one entry per layer
         half["layer_types"] = kinds[: subject.num_layers // 2]
     return ["--load-format", "dummy", "--hf-overrides", json.dumps(half)]
 
 
 def server(subject: Subject, given: argparse.Namespace, *flags: str) -> Server:
-    """A server of the subject, not yet started."""
+    """Server of the subject, not yet started."""
     arguments = [*engine_flags(subject, given), *flags]
     return Server(subject.folder, arguments, start_seconds=START_SECONDS)

@@ -19,7 +19,7 @@ SETTLE_SECONDS = 10
 
 
 class RunFailedError(RuntimeError):
-    """What ran is not what was to be measured; the run gives no figure."""
+    """Error of a run that did not do what was to be measured; it gives no figure."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Answer:
 
     Attributes:
         sent: when the request was sent, in seconds of `time.perf_counter`
-        stamps: when each token came; tokens of one chunk share their stamp
-        tokens: their ids
-        chunks: chunks that brought tokens
+        stamps: arrival of each token; tokens of one chunk share their stamp
+        tokens: ids of the tokens
+        chunks: number of chunks that brought tokens
     """
 
     sent: float
@@ -47,12 +47,12 @@ class Answer:
 def burst(
     url: str, bodies: list[dict[str, Any]], watch: Callable[[], None] | None = None
 ) -> list[Answer]:
-    """Send all requests at once and stream their answers.
+    """Sends all requests at once and streams their answers.
 
     Args:
-        url: of the server, without `/v1`
-        bodies: of `/v1/completions`; streaming and token ids are asked for here
-        watch: called over and over, in a thread, until the last answer has ended
+        url: URL of the server, without `/v1`
+        bodies: requests for `/v1/completions`; this function adds streaming and token ids
+        watch: called repeatedly, in a thread, until the last answer has ended
 
     Raises:
         RunFailedError: the server refused a request, or an answer is shorter than `max_tokens`.
@@ -81,7 +81,7 @@ async def _stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]
     async with session.post(f"{url}/v1/completions", json=asked) as answer:
         if answer.status != 200:
             raise RunFailedError(f"{url}: status {answer.status}: {(await answer.text())[:500]}")
-        async for line in answer.content:  # nothing is parsed while others are being stamped
+        async for line in answer.content:  # parsing waits until all answers are stamped
             lines.append((perf_counter(), line))
     return _parse(sent, lines, body["max_tokens"])
 
@@ -123,12 +123,12 @@ class Metrics:
             RunFailedError: the server has no such metric.
         """
         if f"vllm:{name}" not in self.values:
-            raise RunFailedError(f"/metrics has no vllm:{name}: another server than was meant")
+            raise RunFailedError(f"/metrics has no vllm:{name}: is this the right server?")
         return self.values[f"vllm:{name}"]
 
 
 def read_metrics(url: str) -> Metrics:
-    """What `/metrics` says now."""
+    """Current values of `/metrics`."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     values: dict[str, float] = {}
@@ -142,7 +142,7 @@ def read_metrics(url: str) -> Metrics:
 
 
 def settled_metrics(url: str) -> Metrics:
-    """What `/metrics` says once no request runs and the counters stand still.
+    """Values of `/metrics` once no request runs and the counters stand still.
 
     Raises:
         RunFailedError: they do not, so somebody else uses the server.

@@ -1,4 +1,4 @@
-"""Those that take turns: servers that start together, of which one is awake at a time."""
+"""Variants that take turns: servers that start together, of which one is awake at a time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any
 
 from lora_drop_vllm.server_process import Server
 
-SPIN_SECONDS = 1.1  # after its last step a worker of vLLM looks for the next one for a second
+SPIN_SECONDS = 1.1  # after its last step a worker of vLLM looks for work for a second
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of those that take turns.
+    """One variant of those that take turns.
 
     Attributes:
-        url: of its server
-        name: what the server calls its model
-        k: what requests ask for as `lora_drop_k`; None where the server knows no such thing
-        group: of the server's processes; None where they are not ours
+        url: URL of its server
+        name: the server's name of its model
+        k: `lora_drop_k` of the requests; None for a server without LoRA-Drop
+        group: process group of the server; None if it is not ours
     """
 
     url: str
@@ -42,7 +42,7 @@ class Variant:
 
     @classmethod
     def of(cls, server: Server) -> Variant:
-        """One that we started, in a process group of its own."""
+        """A server that we started, in a process group of its own."""
         assert server.process is not None
         return cls(server.url, server.name, group=server.process.pid)
 
@@ -61,10 +61,10 @@ class Variant:
 
 
 def started(servers: dict[str, Server], running: contextlib.ExitStack) -> dict[str, Variant]:
-    """All of these, up; `running` stops them at its end.
+    """All variants, running; `running` stops them at its end.
 
-    Those that do not run yet start at the same time: a start keeps little more than one core busy.
-    On a GPU one after the other: while it starts, each takes stock of the memory that is free.
+    On a CPU they start at the same time, because a start keeps little more than one core busy. On a
+    GPU they start one after the other, because each measures the free memory while it starts.
     """
     import torch
 
@@ -73,13 +73,13 @@ def started(servers: dict[str, Server], running: contextlib.ExitStack) -> dict[s
     for one in new:
         running.callback(one.stop)
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else len(new)) as pool:
-        list(pool.map(Server.start, new))  # raises what a start raised
+        list(pool.map(Server.start, new))  # raises the error of a failed start
     return {name: Variant.of(one) for name, one in servers.items()}
 
 
 @contextlib.contextmanager
 def standing_still(variants: Iterable[Variant]) -> Iterator[None]:
-    """Their servers are stopped, so that each block has the machine for itself (`awake`)."""
+    """Stops their servers, so that each block has the machine for itself (`awake`)."""
     groups = {v.group for v in variants if v.group is not None}
     try:
         for group in groups:
@@ -92,7 +92,7 @@ def standing_still(variants: Iterable[Variant]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def awake(variant: Variant) -> Iterator[None]:
-    """Let this one's server go on; where the others cannot be stopped, wait until they sleep."""
+    """Resumes this server; if the others cannot be stopped, waits until they sleep."""
     if variant.group is None:
         time.sleep(SPIN_SECONDS)
         yield
@@ -105,5 +105,5 @@ def awake(variant: Variant) -> Iterator[None]:
 
 
 def _signal(group: int, what: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it died, and who asks it will say so
+    with contextlib.suppress(ProcessLookupError):  # it has died; the next request to it will say so
         os.killpg(group, what)

@@ -1,4 +1,4 @@
-"""vLLM's own benchmark clients on the same model, so that our figures can be checked by theirs."""
+"""vLLM's own benchmark clients on the same model, to check our figures by theirs."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def compare(
     served: dict[str, Any],
     sizes: dict[str, Any],
 ) -> dict[str, Any]:
-    """`vllm bench serve` against each running server, `vllm bench latency` beside it.
+    """Figures of `vllm bench serve` on each running server, and of `vllm bench latency`.
 
-    `vllm bench latency` starts engines of its own; with `--url` they are left out.
+    `vllm bench latency` starts engines of its own and is left out with `--url`.
 
     Args:
         served: settings of LoRA-Drop
