@@ -84,6 +84,22 @@ def test_the_vllm_pin_stands_once() -> None:
     assert version and f'version = "{version[1]}+cpu"' in shim
 
 
+@pytest.mark.parametrize(
+    ("fact", "homes"),
+    [
+        ("names of tensors: lora_[AB][.]weight", {"lora_drop_vllm/method/sites.py"}),
+        ("base model of a config: BaseModel[(](?![*])", set()),  # `BaseModel.of` does that
+    ],
+)
+def test_a_fact_stands_once(fact: str, homes: set[str]) -> None:
+    pattern = fact.partition(": ")[2]
+    code = [path.relative_to(ROOT) for path in SOURCES]
+    found = {
+        str(p) for p in code if p.parts[0] != "tests" and re.search(pattern, (ROOT / p).read_text())
+    }
+    assert found == homes
+
+
 def test_no_private_environment_variables() -> None:
     for path in (ROOT / "lora_drop_vllm").rglob("*.py"):
         assert not re.search(r"environ.*LORA_DROP", path.read_text()), path

@@ -28,6 +28,7 @@ ORDER = (
     ("tests",),
 )
 APART = {("engine", "decode"), ("decode", "engine")}
+TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
 def house(root: Path) -> dict[str, Path]:
@@ -57,7 +58,7 @@ def imported(name: str, path: Path) -> Iterator[tuple[str, str]]:
     nodes: list[ast.AST] = [ast.parse(path.read_text())]
     while nodes:
         node = nodes.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in TYPES_ONLY:
             nodes += node.orelse
             continue
         nodes += ast.iter_child_nodes(node)
@@ -140,6 +141,15 @@ def test_helpers_import_nothing_of_ours() -> None:
             assert ARROWS[name] == set(), name
 
 
+def test_the_house_does_not_use_its_public_names() -> None:
+    """The package fetches them by name from above, with the first use; see its `__getattr__`."""
+    for name, path in MODULES.items():
+        if place(name, path) not in ("benchmarks", "tests"):
+            taken = {what for module, what in imported(name, path) if module == "lora_drop_vllm"}
+            public = {what for what in taken if f"lora_drop_vllm.{what}" not in MODULES}
+            assert public <= {"", "__version__"}, name
+
+
 def test_closed_forms_need_no_trainer() -> None:
     """`lora-drop cost` reaches none of the training code, nor what it is built on."""
     reached, new = set(), {"lora_drop_vllm.cli.cost"}
@@ -171,7 +181,8 @@ def test_a_wrong_import_in_a_function_is_caught(
     schedule, changed = tmp_path / "schedule.py", tmp_path / "changed.py"
     schedule.write_text("from lora_drop_vllm.method.layers import y\n")
     files = {"lora_drop_vllm.method.schedule": schedule, importer: changed}
-    for before, wrong in (("def f():", caught), ("if TYPE_CHECKING:", "")):
+    places = {"def f():": caught, "if not TYPE_CHECKING:": caught, "if TYPE_CHECKING:": ""}
+    for before, wrong in places.items():
         changed.write_text(f"{before}\n    {line}\n")
         arrows = ARROWS | {name: targets(name, path, MODULES) for name, path in files.items()}
         found = {"circle": bool(circle(arrows)), "up": bool(upward(arrows, MODULES))}
