@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, also when the disk is full or a write is cut."""
+"""Files written in full or not at all, even if the disk fills up or the process is killed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file to write; it takes the place of `path` when the block ends well, else it goes.
+    """Path of a new file to write; it replaces `path` if the block succeeds, else it is deleted.
 
     Raises:
-        RuntimeError: it could not be written; `path` is what it was.
+        RuntimeError: the file could not be written; `path` is unchanged.
     """
     from safetensors import SafetensorError
 
@@ -30,10 +30,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file.
+    """Appends a line to a file.
 
     Raises:
-        RuntimeError: it could not be written; the file has its old lines only.
+        RuntimeError: the line could not be written; the file has its old lines only.
     """
     before = path.stat().st_size if path.exists() else 0
     try:

@@ -1,4 +1,4 @@
-"""A server with LoRA-Drop to talk to: one that runs somewhere, or a `vllm serve` of our own."""
+"""A server with LoRA-Drop to talk to: one that runs already, or a `vllm serve` that we start."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _METRIC = re.compile(r"^vllm:lora_drop_(\w+?)(?:_total)?\{[^}]*\} ([0-9.e+]+)$",
 
 @dataclass
 class Endpoint:
-    """Where a server listens (without `/v1`), and what it calls the model."""
+    """URL of a server (without `/v1`), and the name of its model."""
 
     url: str
     name: str
 
     @classmethod
     def at(cls, url: str) -> Endpoint:
-        """The server at a URL, with or without `/v1`, asked what it serves.
+        """The server at a URL, with or without `/v1`; asks it for the name of its model.
 
         Raises:
-            RuntimeError: none answers there.
+            RuntimeError: no server answers there.
         """
         from openai import APIError
 
@@ -47,13 +47,13 @@ class Endpoint:
             found.name = found.client().models.list().data[0].id
         except APIError as error:
             raise RuntimeError(
-                f"--url {url}: no server of models answers there ({error}); start one with "
+                f"--url {url}: no OpenAI-compatible server answers ({error}); start one with "
                 "vllm serve MODEL --model-impl lora_drop"
             ) from error
         return found
 
     def client(self) -> Any:
-        """An OpenAI client of this server; its key is that of OPENAI_API_KEY, if there is one."""
+        """OpenAI client of this server; takes its key from OPENAI_API_KEY, if that is set."""
         from openai import OpenAI
 
         key = os.environ.get("OPENAI_API_KEY", "none")
@@ -62,7 +62,7 @@ class Endpoint:
     def metrics(self) -> dict[str, int]:
         """LoRA-Drop's counters and gauge at `/metrics`, by name without prefix and suffix.
 
-        With `--data-parallel-size`, the sum over the engines.
+        Values of several engines (`--data-parallel-size`) are added up.
         """
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
             text = answer.read().decode()
@@ -77,8 +77,8 @@ class Server(Endpoint):
     """Context manager around one server process.
 
     Attributes:
-        log: the file with all it printed since its start
-        process: None when it was never started, or stopped by `stop`
+        log: file with everything that the server has printed since its start
+        process: None before `start` and after `stop`
     """
 
     def __init__(
@@ -102,15 +102,15 @@ class Server(Endpoint):
         return self
 
     def start(self) -> None:
-        """Start the server, stopped before or ended on its own, and wait until it serves.
+        """Starts the server and waits until it serves; stops it first if it runs already.
 
         Raises:
-            RuntimeError: it did not come up; the message has the end of its log.
+            RuntimeError: the server did not start; the message has the end of its log.
         """
         self.stop()
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         with self.log.open("wb") as log:
-            # a session of its own: Ctrl-C reaches us alone, and we stop all its processes
+            # its own session: Ctrl-C reaches only us, and `stop` ends all its processes
             self.process = subprocess.Popen(
                 self._command,
                 stdout=log,
@@ -133,7 +133,7 @@ class Server(Endpoint):
         self.stop()
 
     def stop(self) -> None:
-        """Ask the server to stop, and make sure that it did."""
+        """Asks the server to stop, and kills it if it does not."""
         process, self.process = self.process, None
         if process is None:
             return
@@ -149,12 +149,14 @@ class Server(Endpoint):
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-                raise RuntimeError(f"the server stopped while starting:\n{tail}\nLog: {self.log}")
+                raise RuntimeError(f"the server stopped while it started:\n{tail}\nLog: {self.log}")
             with contextlib.suppress(urllib.error.URLError, OSError):
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
             time.sleep(0.5)
-        raise RuntimeError(f"the server was not up after {self._start_seconds} s; log: {self.log}")
+        raise RuntimeError(
+            f"the server did not start within {self._start_seconds} s; log: {self.log}"
+        )
 
 
 def _free_port() -> int:

@@ -1,6 +1,6 @@
-"""What each command of `lora-drop` does: calls the function behind it and prints what it returns.
+"""What each command of `lora-drop` does: it calls one function and prints what that returns.
 
-They return the exit status. Imports stand in the functions: most of them load torch.
+They return the exit status. Imports are in the functions, because most of them load torch.
 """
 
 from __future__ import annotations

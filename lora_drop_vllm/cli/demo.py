@@ -1,4 +1,4 @@
-"""The README's first command: a real model, a real server, one streamed answer, one table."""
+"""`lora-drop demo`: a real model, a real server, one streamed answer, one table."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lora_drop_vllm.cli.check import BLOCK_UNITS
 from lora_drop_vllm.cli.gguf_model import real_model
 from lora_drop_vllm.config import LoRADropConfig, resolve
 from lora_drop_vllm.method.adapter import BaseModel
@@ -22,12 +23,11 @@ ROUNDS = 3
 BUNDLED_ADAPTER = (
     Path(str(files("lora_drop_vllm.adapters"))) / "smollm2-135m-instruct" / "rho25-skip"
 )
-CPU_BLOCK_UNIT = 32  # vLLM's CPU attention takes KV blocks of multiples of 32 tokens
 
 
 @dataclass
 class Report:
-    """What the demo measured; the last line it prints is this as JSON."""
+    """What the demo measured; printed as JSON in its last line."""
 
     text: str
     tokens: int
@@ -88,7 +88,7 @@ def run(settings: dict[str, Any], tokens: int = 64, port: int | None = None) -> 
 
 
 def _stream_aloud(server: Server, tokens: int) -> tuple[str, int]:
-    """Print the answer as it comes; returns it and the most KV blocks the drop layers held."""
+    """Prints the answer as it comes; returns it, and the most KV blocks that drop layers held."""
     pieces, blocks = [], 0
     for n, piece in enumerate(_stream(server, tokens, None, ignore_eos=False)):
         print(piece, end="", flush=True)
@@ -120,7 +120,7 @@ def _latencies(server: Server, tokens: int, k: int) -> list[float]:
     """Milliseconds between the streamed tokens of one answer of exactly `tokens` tokens."""
     stamps = [time.perf_counter() for _ in _stream(server, tokens, k, ignore_eos=True)]
     gaps = [1000 * (b - a) for a, b in zip(stamps, stamps[1:])]
-    return gaps[4:]  # the first chunk and the cold start of a request are not decoding
+    return gaps[4:]  # the first chunk and the cold start of a request do not count as decoding
 
 
 def _alternate(server: Server, tokens: int, config: LoRADropConfig) -> dict[int, list[float]]:
@@ -136,10 +136,10 @@ def _alternate(server: Server, tokens: int, config: LoRADropConfig) -> dict[int,
 def _step_costs(
     model: Path, config: LoRADropConfig, full_step: float, port: int | None
 ) -> tuple[list[float], float]:
-    """c_i of every layer and c_h, from the same server with half of the layers."""
+    """Cost c_i of each layer and c_h of the rest, from the same server with half the layers."""
     half = config.num_layers // 2
     overrides = json.dumps({"num_hidden_layers": half})
-    print(f"Measuring what lies outside the layers, with {half} of them", flush=True)
+    print(f"Measuring the cost outside the layers, on a server with {half} of them", flush=True)
     arguments = ["--load-format", "dummy", "--hf-overrides", overrides]
     with Server(model, arguments, port) as server:
         half_step = statistics.median(_latencies(server, 64, 0))
@@ -158,7 +158,7 @@ def _report(
 ) -> Report:
     slots_stock = used["kv_slots_written"] + used["kv_slots_skipped"]
     num_drop = len(config.drop_layers)
-    _, block = packed_block_sizes(config.num_layers - num_drop, num_drop, CPU_BLOCK_UNIT)
+    _, block = packed_block_sizes(config.num_layers - num_drop, num_drop, BLOCK_UNITS["cpu"])
     ours, stock = times[config.k], times[0]
     period = config.k + 1
     return Report(
@@ -184,7 +184,7 @@ def _report(
 
 
 def _per_cycle(gaps: list[float], period: int) -> list[float]:
-    """Mean time of a token over each window of one cycle."""
+    """Mean time per token in each window of one cycle."""
     return [statistics.fmean(gaps[i : i + period]) for i in range(0, len(gaps) - period + 1)]
 
 

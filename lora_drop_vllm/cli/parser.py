@@ -150,7 +150,7 @@ def make_parser(chosen: str) -> argparse.ArgumentParser:
         if name == chosen:
             command.add_flags(own)
         own.set_defaults(run=command.run)
-    # lm-eval parses its own flags: without prefix characters nothing looks like a flag of ours
+    # lm-eval parses its own flags; with this prefix character argparse sees none of them
     lm_eval = choices.add_parser(
         "lm-eval",
         help="run lm-eval with the model lora_drop",

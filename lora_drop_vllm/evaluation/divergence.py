@@ -1,4 +1,4 @@
-"""How near a model under LoRA-Drop stays to its base on plain text, by kind of step."""
+"""Perplexity, KL and agreement with the base model on plain text, by kind of step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from lora_drop_vllm.decode.positions import Schedule, rows
 
 @dataclass(frozen=True)
 class Divergence:
-    """Over `tokens` predicted tokens.
+    """Distance of a model under LoRA-Drop from its base model.
 
     Attributes:
+        tokens: number of predicted tokens, over which the rest is taken
         perplexity, base_perplexity: exp of the mean negative log-likelihood
         kl: KL(base || this), mean in nats
-        agreement: share of positions where both have the same best token
+        agreement: share of positions where both models have the same best token
     """
 
     tokens: int
@@ -36,8 +37,12 @@ def perplexity(
 ) -> dict[str, Divergence]:
     """Divergence at `all`, `full` and `lora` steps, teacher-forced on windows of tokens [N, T].
 
-    What counts are the predictions of the steps after the prompt; the prompt's own are the base
-    model's. A kind that has none is left out.
+    Only predictions after the prompt count; those of the prompt are the base model's. A kind
+    without predictions is left out.
+
+    Args:
+        prompt: tokens at the start of a window that run as its prompt
+        k: LoRA steps between two full steps
     """
     sums = {kind: torch.zeros(5, dtype=torch.float64) for kind in ("all", "full", "lora")}
     for part in tqdm(windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])), desc="Text"):
@@ -56,7 +61,7 @@ def perplexity(
 
 
 def _measures(logits: Tensor, base_logits: Tensor, targets: Tensor) -> Tensor:
-    """A row of 1, both losses, KL and agreement per prediction; [R, V], [R, V], [R] to [R, 5]."""
+    """One row per prediction: 1, both losses, KL, agreement; [R, V], [R, V], [R] to [R, 5]."""
     log_p, base_log_p = logits.float().log_softmax(-1), base_logits.float().log_softmax(-1)
     at = targets[:, None]
     columns = (

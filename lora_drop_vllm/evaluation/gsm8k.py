@@ -1,4 +1,4 @@
-"""GSM8K through a server: worked examples, then a question; the answer is the number at the end."""
+"""GSM8K, decoded by a server: worked examples, then a question whose answer is a number."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*)?\.?\d+")
 
 
 def gsm8k(task: Task, shots: int) -> DecodedTask:
-    """The questions of a task behind its own first `shots` ones, which are not asked.
+    """Questions of a task; its first `shots` ones become worked examples and are not asked.
 
     Raises:
-        ValueError: nothing is left to ask.
+        ValueError: no question is left to ask.
     """
     shown, asked = task.examples[:shots], task.examples[shots:]
     if not asked:
         raise ValueError(
-            f"{task.name}: {len(shown)} questions, all of them shown as examples; lower "
-            f"--num-fewshot {shots}"
+            f"--num-fewshot {shots}: {task.name} has {len(shown)} questions, so none is left to "
+            "ask; lower --num-fewshot"
         )
     examples = "".join(f"{_ask(p)} {p.reasoning}\n#### {p.answer:f}\n\n" for p in shown)
 

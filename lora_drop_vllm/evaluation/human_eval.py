@@ -1,4 +1,4 @@
-"""HumanEval through a server: the model completes a function, the task's tests run it."""
+"""HumanEval, decoded by a server: the model completes a function and the tests run it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from lora_drop_vllm.evaluation.sandbox import require_sandbox, run_program
 from lora_drop_vllm.evaluation.served_answers import DecodedTask, Mark
 from lora_drop_vllm.evaluation.tasks import Task
 
-# where the function has ended: at the first line that is not its own
+# the function ends before the first line that is not part of it
 STOP = ("\ndef", "\nprint", "\nif", "\n#", "\nclass", "\n```")
 MEASURE = "pass@1"
 
 
 def human_eval(task: Task, run_code: bool) -> DecodedTask:
-    """The programs of a task, whose completions are run with its tests.
+    """Programs of a task; each completion runs with the tests of the task.
 
     Raises:
-        ValueError: running them was not asked for.
-        RuntimeError: they cannot be confined here.
+        ValueError: `run_code` is False.
+        RuntimeError: this machine cannot confine the programs.
     """
     if not run_code:
         raise ValueError(
-            f"{task.name}: to score it, programs that the model writes must run on this machine, "
-            "in a sandbox; add --run-code to allow that, or leave the task out"
+            f"{task.name}: scoring it runs programs that the model writes on this machine, in a "
+            "sandbox; add --run-code to allow that, or leave the task out"
         )
     require_sandbox()
 

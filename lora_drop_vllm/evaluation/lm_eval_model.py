@@ -1,8 +1,8 @@
-"""lm-eval's tasks under the served schedule: its Hugging Face model, scored and decoded by ours.
+"""The model `lora_drop` for lm-eval: its Hugging Face model under the served schedule.
 
-Importing this module registers the model `lora_drop`; `lora-drop lm-eval` imports it and hands on
-to lm-eval's own command. What lm-eval calls the context is the prompt, and what follows runs in
-cycles of k LoRA steps and a refresh. Tokens, truncation and stop strings are those of `hf`.
+Importing this module registers the model; `lora-drop lm-eval` imports it and then runs lm-eval's
+own command. The context, in lm-eval's words, is the prompt; what follows runs in cycles of k LoRA
+steps and a full step. Tokens, truncation and stop strings are those of lm-eval's model `hf`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from lora_drop_vllm.evaluation.scoring import Candidate, score
 from lora_drop_vllm.method.adapter import load_tensors, read_config
 
 OTHER_MODELS = ("autogptq", "delta", "gguf_file", "gptqmodel", "parallelize", "peft", "tp_plan")
-IDLE = {"do_sample", "temperature", "top_k", "top_p"}  # say nothing while do_sample is false
+IDLE = {"do_sample", "temperature", "top_k", "top_p"}  # no effect while do_sample is false
 
 
 def run(arguments: Sequence[str]) -> None:
-    """lm-eval's own command, which reads them from `sys.argv`."""
+    """Runs lm-eval's own command, which reads its arguments from `sys.argv`."""
     sys.argv = ["lm-eval", *arguments]
     cli_evaluate()
 
@@ -42,9 +42,9 @@ class LoRADropLM(HFLM):  # type: ignore[misc]
 
     Args:
         pretrained: model folder, or a name in the local Hugging Face cache
-        adapter: its folder
-        k: LoRA steps between two full steps instead of the adapter's; 0 is the base model
-        options: of lm-eval's model `hf`
+        adapter: the adapter's folder
+        k: LoRA steps between two full steps, instead of the adapter's k; 0 is the base model
+        options: those of lm-eval's model `hf`
 
     Raises:
         ValueError: settings or files that cannot be used.
@@ -62,7 +62,7 @@ class LoRADropLM(HFLM):  # type: ignore[misc]
             raise refuse("k", k, "expected 0 or more LoRA steps between two full steps")
         for name in OTHER_MODELS:
             if options.get(name):
-                raise refuse(name, options[name], "not for LoRA-Drop; leave it out")
+                raise refuse(name, options[name], "not supported with LoRA-Drop; leave it out")
         config = read_config(Path(adapter))
         config = config if k is None else replace(config, k=k)
         tensors = load_tensors(Path(adapter), config)
@@ -75,20 +75,20 @@ class LoRADropLM(HFLM):  # type: ignore[misc]
         self._decoder = ForcedDecoder(self.model, Adapter(config, tensors).to(self.device))
 
     def get_model_info(self) -> dict[str, Any]:
-        """Stands in lm-eval's results."""
+        """Facts about the model for lm-eval's results."""
         info: dict[str, Any] = super().get_model_info()
         return info | {"lora_drop": asdict(self._decoder.adapter.config)}
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether greedy decoding says it."""
+        """Log-probability of each continuation; whether greedy decoding would produce it."""
         candidates = []
         for words, context, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens ({words}): expected 1 to "
-                    f"{self.max_length}, the model's positions; leave its task out"
+                    f"{self.max_length}, the model's number of positions; leave its task out"
                 )
             tokens = (context + continuation)[-(self.max_length + 1) :]
             candidates.append(Candidate(tokens, len(tokens) - len(continuation)))
@@ -99,21 +99,24 @@ class LoRADropLM(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Tensor:
-        """Greedy decoding; what follows a stop string is padding.
+        """Greedy decoding; after a stop string there is only padding.
 
         Args:
             context: [N, T]  prompts, padded on the left
-            options: `attention_mask` [N, T], and those of the task
+            options: `attention_mask` [N, T], and the options of the task
 
         Returns:
-            [N, max_length or less].
+            [N, S], S <= max_length: prompts and continuations.
+
+        Raises:
+            ValueError: the task wants more than greedy decoding.
         """
         prompts = [row[real.bool()] for row, real in zip(context, options.pop("attention_mask"))]
         idle = set() if options.get("do_sample") else IDLE
         if asked := {name: value for name, value in options.items() if name not in idle}:
             raise ValueError(
-                f"generation_kwargs {asked}: decoding is greedy here; serve the model with vLLM "
-                "and evaluate it with --model local-completions"
+                f"generation_kwargs {asked}: only greedy decoding works here; serve the model "
+                "with vLLM and evaluate it with --model local-completions"
             )
         said = context.new_zeros(len(prompts), 0)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=context.device)
@@ -128,9 +131,9 @@ class LoRADropLM(HFLM):  # type: ignore[misc]
 
 @torch.no_grad()
 def next_tokens(decoder: ForcedDecoder, prompts: Sequence[Tensor], said: Tensor) -> Tensor:
-    """The best next token [N] behind N prompts and what was said, [N, S].
+    """Best next token [N] after N prompts and the S tokens [N, S] decoded so far.
 
-    Everything runs again for each token; serving is what is fast.
+    Everything runs again for each token, which is slow; serving is the fast way.
     """
     tokens = pad_sequence([torch.cat(pair) for pair in zip(prompts, said)], batch_first=True)
     prompt = torch.tensor([len(p) for p in prompts], device=said.device)

@@ -1,12 +1,12 @@
-"""Runs programs that a model wrote, each in a confined process of its own.
+"""Runs programs that a model wrote, each in a confined process.
 
-Such a process has an empty working folder, no environment of ours, limits of time and memory, and
-of the system's calls only those of `sandbox_process.ALLOWED`: it can neither write files, nor start
-processes or threads, nor send signals, nor open a socket. It can read what we can read, but has
-nowhere to take it. Linux only.
+The process has an empty working folder, none of our environment variables, and limits of time and
+memory. It may only make the system calls in `sandbox_process.ALLOWED`: it cannot write files, start
+processes or threads, send signals, or open a socket. It can read what we can read, but it cannot
+send that anywhere. Linux only.
 
-A program passed if it ran to its end, which its process reports with a token drawn for this run.
-That stops what models do by accident or by a simple trick (leaving early, printing success, closing
+A program has passed if it ran to its end. Its process then reports a token that is drawn for each
+run. This catches what models do by accident or by a simple trick (exit early, print success, close
 files); code that searches the interpreter's memory for the token could still claim success.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 
 PROCESS = Path(__file__).with_name("sandbox_process.py")
 REPORT_BYTES = 200
-# libraries for arrays may not start threads either
+# numerical libraries may not start threads either
 ENVIRONMENT = {"LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 PROBE = """
 import os
@@ -41,7 +41,7 @@ else:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program: seconds on a core, seconds on the clock, MiB of address space."""
+    """Limits of one program: CPU seconds, wall-clock seconds, MiB of address space."""
 
     cpu_seconds: int = 5
     wall_seconds: float = 30.0
@@ -50,7 +50,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a program ran to its end; what stopped it if not, such as `AssertionError`."""
+    """Outcome of a program: passed, or the reason why not, such as `AssertionError`."""
 
     passed: bool
     reason: str = ""
@@ -60,9 +60,9 @@ DEFAULT = Limits()
 
 
 def run_program(parts: Sequence[str], limits: Limits = DEFAULT) -> Verdict:
-    """Run Python source to its end, in one namespace, part after part.
+    """Runs the parts of a Python program one after the other, in one namespace.
 
-    No part can swallow the next one, say by an open string.
+    Each part is compiled on its own, so that an open string cannot swallow the next part.
     """
     token = secrets.token_hex(16)
     asked = {
@@ -85,19 +85,19 @@ def run_program(parts: Sequence[str], limits: Limits = DEFAULT) -> Verdict:
                 start_new_session=True,  # a process group of its own
             )
         timely = _finish(process, json.dumps(asked).encode(), limits.wall_seconds)
-        # read only now: what a program floods the pipe with stays in the pipe
+        # read after the end: a program that floods the pipe only fills the pipe
         said = os.read(reader, REPORT_BYTES).decode(errors="replace")
     if timely and said == token:
         return Verdict(True)
     if not timely:
         return Verdict(False, f"not done after {limits.wall_seconds:g} s")
     if process.returncode == -signal.SIGXCPU:
-        return Verdict(False, f"not done after {limits.cpu_seconds} s on a core")
-    return Verdict(False, said or f"left before its end (exit status {process.returncode})")
+        return Verdict(False, f"not done after {limits.cpu_seconds} s of CPU time")
+    return Verdict(False, said or f"exited early (exit status {process.returncode})")
 
 
 def _finish(process: subprocess.Popen[bytes], given: bytes, seconds: float) -> bool:
-    """Feed the process and wait for its end; kills its whole group if it does not come in time."""
+    """Feeds the process and waits for its end; kills its group after `seconds`. True if in time."""
     try:
         process.communicate(given, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -111,11 +111,11 @@ def _finish(process: subprocess.Popen[bytes], given: bytes, seconds: float) -> b
 
 
 def require_sandbox() -> None:
-    """Raise RuntimeError where programs cannot be confined."""
+    """Raises RuntimeError if this machine cannot confine programs."""
     verdict = run_program([PROBE])
     if not verdict.passed:
         raise RuntimeError(
-            f"--run-code: programs cannot be confined here ({verdict.reason}). It takes Linux and "
-            "libseccomp (libseccomp.so.2; Debian's package libseccomp2); leave human_eval out, or "
-            "evaluate where both are"
+            f"--run-code: this machine cannot confine programs ({verdict.reason}); the sandbox "
+            "needs Linux and libseccomp (libseccomp.so.2; Debian's package libseccomp2). Install "
+            "libseccomp, or leave HumanEval out"
         )

@@ -1,8 +1,8 @@
-"""The process that `sandbox.py` starts: confines itself, then runs a program.
+"""Process that `sandbox.py` starts: it confines itself, then runs a program.
 
-Reads one JSON object from its input and reports to the file descriptor in its first argument: the
-token if the program ran to its end, else the name of the exception. It runs by its path, so it
-imports nothing but the standard library.
+It reads one JSON object from its input and reports to the file descriptor in its first argument:
+the token if the program ran to its end, otherwise the name of the exception. It is started by its
+path, so it imports the standard library only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALLOWED = """
 OPENING = {"open": 1, "openat": 2}  # which argument holds the flags
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
-# of libseccomp's header
+# constants of libseccomp's header
 ALLOW, REFUSE, MASKED_EQUAL = 0x7FFF0000, 0x00050000, 7
 
 
@@ -43,10 +43,10 @@ class _Compare(ctypes.Structure):
 
 
 def confine(cpu_seconds: int, memory_bytes: int) -> None:
-    """Limit this process for good.
+    """Limits this process; the limits cannot be lifted again.
 
     Raises:
-        OSError: the system does not offer what that takes.
+        OSError: the system lacks libseccomp, or refuses a limit.
     """
     for kind, soft, hard in (
         (resource.RLIMIT_AS, memory_bytes, memory_bytes),
@@ -64,7 +64,7 @@ def confine(cpu_seconds: int, memory_bytes: int) -> None:
     for name in [*ALLOWED.split(), *reads_only]:
         number = library.seccomp_syscall_resolve_name(name.encode())
         if number < 0:
-            continue  # this architecture does without it
+            continue  # this architecture has no such call
         compare = reads_only.get(name)
         _check(
             library.seccomp_rule_add_array(
@@ -84,11 +84,11 @@ def _check(status: int) -> None:
 
 
 def main() -> None:
-    """Run what the input says; does not return."""
+    """Runs the program of the input; does not return."""
     report = int(sys.argv[1])
     asked: dict[str, Any] = json.load(sys.stdin)
     token, parts = asked["token"], asked["parts"]
-    # kept from the program, which may replace any of them
+    # bound here, because the program may replace any of them
     run, write, leave = exec, os.write, os._exit
     try:
         confine(asked["cpu_seconds"], asked["memory_bytes"])

@@ -18,15 +18,17 @@ from lora_drop_vllm.evaluation.tasks import Example, Task
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task under LoRA-Drop and without.
+    """One task with given answers, under LoRA-Drop and under the base model.
 
     Attributes:
+        task: name of its file
+        examples: questions asked
         skipped: questions left out: unreadable, or too long for the model
-        lora_share: share of the scored tokens that LoRA steps predict; the first token of a
-            continuation never is, the prompt predicts it
-        accuracy: by the continuation's log-probability; of a task without choices, by whether
-            greedy decoding says the continuation
-        accuracy_per_byte: by log-probability per byte; None without choices
+        lora_share: share of the scored tokens that LoRA steps predict; the prompt predicts the
+            first token of a continuation
+        accuracy: by the continuation's log-probability; for a task without choices, by whether
+            greedy decoding would produce the continuation
+        accuracy_per_byte: by log-probability per byte; None for a task without choices
     """
 
     task: str
@@ -38,14 +40,14 @@ class TaskResult:
 
 
 class Candidate(NamedTuple):
-    """Tokens of a context and a continuation, and how many of them are the context's."""
+    """Tokens of a context and a continuation; the first `prompt` of them are the context."""
 
     tokens: list[int]
     prompt: int
 
 
 def run_task(decoder: ForcedDecoder, tokenizer: Any, task: Task) -> TaskResult:
-    """Score every candidate of a task and mark the answers of both models.
+    """Scores every candidate of a task and marks the answers of both models.
 
     Raises:
         ValueError: no question fits the model.
@@ -79,7 +81,7 @@ def run_task(decoder: ForcedDecoder, tokenizer: Any, task: Task) -> TaskResult:
 
 
 def encode(tokenizer: Any, context: str, continuation: str) -> Candidate:
-    """Tokens of both at once, cut where the context's own end."""
+    """Tokens of both, encoded as one text and cut after the context's own number of tokens."""
     prompt = len(tokenizer(context).input_ids)
     return Candidate(tokenizer(context + continuation).input_ids, prompt)
 
@@ -96,7 +98,8 @@ def score(
     """Scores [C, 6] of C candidates, in their order; without `base` [C, 4].
 
     Columns: log-probability of the continuation under LoRA-Drop and under the base model; whether
-    each would say it greedily; its tokens that LoRA steps predict; its tokens.
+    each would decode it greedily (1 or 0); number of its tokens that LoRA steps predict; number of
+    its tokens. Without `base` the columns of the base model are missing.
     """
     scores = torch.zeros(len(candidates), 6 if base else 4, dtype=torch.float64)
     with tqdm(total=len(candidates), desc=name) as progress:
@@ -107,7 +110,7 @@ def score(
 
 
 def _batches(candidates: Sequence[Candidate]) -> Iterator[list[int]]:
-    """Numbers of candidates of similar length, longest first."""
+    """Indices of candidates in batches of similar length, longest first."""
     order = sorted(range(len(candidates)), key=lambda n: -len(candidates[n].tokens))
     while order:
         count = max(1, TOKENS_AT_ONCE // len(candidates[order[0]].tokens))
@@ -152,7 +155,7 @@ def _bytes(example: Example) -> Tensor:
 
 
 def _compare(examples: list[Example], values: list[Tensor]) -> Comparison:
-    """Marks of both models, whose values stand side by side in [candidates, 2]."""
+    """Marks of both models; each value is [candidates, 2], LoRA-Drop and the base model."""
     picked = torch.stack([value.argmax(0) for value in values])
     gold = torch.tensor([example.gold for example in examples])[:, None]
     right = picked == gold

@@ -1,8 +1,8 @@
 """Questions that a served model answers freely: the base model and LoRA-Drop on the same prompts.
 
-Both are the same server, greedy: requests with k = 0 run the base model, bit for bit. One request
-with k = 0 makes every step of its batch full, so the two never run side by side: all questions are
-first asked of the base model, then of LoRA-Drop.
+One server answers for both, greedily: a request with k = 0 runs the base model, bit for bit. Such a
+request makes every step of its batch full, so the two never run at the same time: the base model is
+asked all questions first, then LoRA-Drop.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from tqdm import tqdm
 from lora_drop_vllm.evaluation.significance import Comparison
 from lora_drop_vllm.server_process import Endpoint
 
-STOPS_ASKED = 4  # the most that the API takes; the rest is cut here
+STOPS_ASKED = 4  # the API takes no more; the other strings are cut off here
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a server is asked.
+    """How a server decodes GSM8K and HumanEval.
 
     Attributes:
-        url: of a running one; None starts one
-        dtype: of the one that is started, as for vLLM
-        num_fewshot: worked examples before a word problem
-        max_tokens: of an answer
-        concurrency: requests at a time. With more than one a step is full for all as soon as one
-            brings a prompt or is due, so LoRA-Drop runs more full steps than alone
-        run_code: whether programs that the model writes may run on this machine
+        url: URL of a running server; None starts one
+        dtype: dtype of the server that is started, as for vLLM
+        num_fewshot: worked examples before each GSM8K question
+        max_tokens: tokens of an answer, at most
+        concurrency: requests at a time. With more than one, a step is full for all of them as soon
+            as one brings a prompt or has used up its k, so more full steps run
+        run_code: programs that the model writes for HumanEval may run on this machine
     """
 
     url: str | None = None
@@ -43,7 +43,7 @@ class Decoding:
 
 
 class Mark(NamedTuple):
-    """Of one answer: right or not by each measure, and what was found in it."""
+    """Mark of one answer: right or not by each measure, and what was found in the answer."""
 
     right: dict[str, bool]
     found: str
@@ -51,12 +51,12 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodedTask:
-    """Questions ready to ask.
+    """A task whose questions are ready to be asked.
 
     Attributes:
-        questions: their names, one per prompt
+        questions: names of the questions, one per prompt
         stop: strings that end an answer, the most frequent first
-        mark: of the answer to the question of that row
+        mark: marks the answer to the question in a row
         skipped: lines of the file that could not be used
     """
 
@@ -69,7 +69,7 @@ class DecodedTask:
 
 
 class Answer(NamedTuple):
-    """What the model said; `refusal` is the server's reason if it took no such prompt."""
+    """An answer of the model; `refusal` is the server's reason if it refused the prompt."""
 
     text: str
     tokens: int
@@ -79,11 +79,12 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """All questions asked once.
+    """One pass over all questions.
 
     Attributes:
+        tokens: tokens of all answers
         cut_off: answers that `max_tokens` ended
-        full_steps, lora_steps: engine steps of either kind that the server ran meanwhile
+        full_steps, lora_steps: engine steps of each kind that the server ran meanwhile
     """
 
     tokens: int
@@ -94,13 +95,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class DecodedResult:
-    """One task, asked of both.
+    """One task that a server decoded, with the base model and with LoRA-Drop.
 
     Attributes:
+        task: name of its file
+        examples: questions that both answered
         skipped: questions left out: unreadable, or refused by the server
-        refusal: the server's first reason for that
-        measures: share of right answers by each
-        answers: one entry per question, with what both said
+        refusal: first reason that the server gave for a refusal
+        base, lora_drop: tokens and steps of each
+        measures: share of right answers by each measure
+        answers: one entry per question, with both answers
     """
 
     task: str
@@ -114,24 +118,25 @@ class DecodedResult:
 
 
 def run_decoded(server: Endpoint, task: DecodedTask, decoding: Decoding) -> DecodedResult:
-    """Ask both, mark both.
+    """Asks the base model, then LoRA-Drop, and marks the answers of both.
 
     Raises:
         ValueError: the server does not serve with LoRA-Drop, or refuses every question.
-        RuntimeError: it did not run the steps that were to be evaluated.
+        RuntimeError: the server failed, or did not run the steps that are to be evaluated.
     """
     base, base_pass = _ask_all(server, task, decoding, {"lora_drop_k": 0}, "base")
     if base_pass.lora_steps:
         raise RuntimeError(
-            f"{task.name}: {base_pass.lora_steps} LoRA steps ran while every request of ours had "
-            f"k = 0; others use {server.url}, which changes both results: evaluate on a server "
-            "of your own"
+            f"{task.name}: {base_pass.lora_steps} LoRA steps ran although all our requests had "
+            f"k = 0; someone else uses {server.url}, which changes both results. Evaluate on a "
+            "server that nobody else uses"
         )
     ours, our_pass = _ask_all(server, task, decoding, {}, "LoRA-Drop")
     if not our_pass.lora_steps:
         raise RuntimeError(
             f"{task.name}: no LoRA step ran in {our_pass.full_steps} steps, so there is nothing "
-            "to compare: the server's k is 0, or it drops no layer, or every answer was empty"
+            "to compare. Serve with k of 1 or more and at least one drop layer; answers of a "
+            "single token have no LoRA step either"
         )
     refusals = [a.refusal or b.refusal for a, b in zip(ours, base)]
     rows = [row for row, refusal in enumerate(refusals) if not refusal]
@@ -171,11 +176,11 @@ def _compare(ours: Sequence[Mark], base: Sequence[Mark]) -> dict[str, Comparison
 def _ask_all(
     server: Endpoint, task: DecodedTask, decoding: Decoding, xargs: dict[str, int], who: str
 ) -> tuple[list[Answer], Pass]:
-    """Every answer, in the order of the questions, and what it took."""
+    """Answers in the order of the questions, and the steps that they took."""
     from openai import APIError, BadRequestError
 
     client = server.client()
-    # greedy in full: a model's own generation config may bring a penalty
+    # plain greedy decoding: a model's generation config may set a penalty
     extra = {"repetition_penalty": 1.0} | ({"vllm_xargs": xargs} if xargs else {})
 
     def ask(prompt: str) -> Answer:
@@ -214,7 +219,7 @@ def _ask_all(
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first of the strings that end it."""
+    """A text up to the first string in it that ends it."""
     return min((text.partition(end)[0] for end in stop), key=len, default=text)
 
 
@@ -222,10 +227,10 @@ def _steps(server: Endpoint) -> dict[str, int]:
     try:
         counters = server.metrics()
     except OSError as error:
-        raise RuntimeError(f"{server.url}/metrics cannot be read ({error})") from error
+        raise RuntimeError(f"{server.url}/metrics: cannot be read ({error})") from error
     if "lora_steps" not in counters:
         raise ValueError(
-            f"{server.url} serves without LoRA-Drop (it counts no LoRA steps at /metrics); start "
-            "it with --model-impl lora_drop"
+            f"{server.url}: serves without LoRA-Drop (no LoRA steps at /metrics); start the "
+            "server with --model-impl lora_drop"
         )
     return counters

@@ -1,4 +1,4 @@
-"""Two models on the same questions: shares, standard errors, and whether they really differ."""
+"""Two models on the same questions: shares, standard errors, and a test of the difference."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Comparison:
     """Share of right answers of one model beside the base model's.
 
     Attributes:
-        share, share_se: and its standard error
-        base, base_se: the base model's
-        only_base, only_this: questions that just one of the two got right
-        p_value: McNemar's exact test, two-sided: how likely so uneven a split is by chance
-        loss, loss_se: base - share and its standard error, question by question
+        share, share_se: share of right answers, and its standard error
+        base, base_se: the same for the base model
+        only_base, only_this: questions that only one of the two models got right
+        p_value: McNemar's exact test, two-sided: probability of a split as uneven by chance
+        loss, loss_se: base - share, and its standard error from the paired answers
     """
 
     share: float
@@ -31,7 +31,7 @@ class Comparison:
 
     @classmethod
     def of(cls, right: Sequence[bool], base_right: Sequence[bool]) -> Comparison:
-        """From both models' marks, question by question."""
+        """Comparison from the marks of both models, question by question."""
         n = len(right)
         share, base = sum(right) / n, sum(base_right) / n
         only_base = sum(b and not a for a, b in zip(right, base_right, strict=True))
@@ -51,10 +51,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class MeanLoss:
-    """Accuracy lost against the base model, each task counting the same.
+    """Mean over tasks of the accuracy lost against the base model, as a share.
 
     Attributes:
-        low, high: its 95 % confidence interval, from the tasks' own standard errors
+        tasks: number of tasks, each with the same weight
+        loss: the mean
+        low, high: its 95 % confidence interval, from the standard errors of the tasks
     """
 
     tasks: int
@@ -64,7 +66,7 @@ class MeanLoss:
 
     @classmethod
     def of(cls, comparisons: Sequence[Comparison]) -> MeanLoss:
-        """Over one comparison per task."""
+        """Mean of one comparison per task."""
         n = len(comparisons)
         loss = sum(c.loss for c in comparisons) / n
         margin = 1.96 * math.sqrt(sum(c.loss_se**2 for c in comparisons)) / n
@@ -72,12 +74,12 @@ class MeanLoss:
 
 
 def standard_error(share: float, count: int) -> float:
-    """Of a share among `count` independent answers."""
+    """Standard error of a share among `count` independent answers."""
     return math.sqrt(share * (1 - share) / max(count - 1, 1))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value of a split that a fair coin would make."""
+    """Two-sided exact p-value of a split, if each of its questions were a fair coin toss."""
     n = only_first + only_second
     tail = sum(math.comb(n, i) for i in range(min(only_first, only_second) + 1))
     return min(1.0, 2 * tail / (1 << n))

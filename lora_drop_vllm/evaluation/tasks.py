@@ -1,19 +1,19 @@
 """Evaluation input: plain text, and tasks as JSON lines.
 
-A line of a task is one of
+Each line of a task has one of these forms:
 
     {"context": str, "choices": [str, …], "gold": int}
-    {"query": str, "choices": [str, …], "gold": int}      "Answer:" is put between the two
+    {"query": str, "choices": [str, …], "gold": int}      "Answer:" is put between query and choice
     {"context_options": [str, …], "continuation": str, "gold": int}
-    {"context": str, "continuation": str}                 the model must continue like this itself
+    {"context": str, "continuation": str}                 greedy decoding must produce it
 
-or, for the model to answer freely, one of
+The model answers these freely:
 
-    {"question": str, "answer": str}                      GSM8K; the number stands behind "####"
-    {"context": str, "chain_of_thought": str, "answer": str}           the same, taken apart
+    {"question": str, "answer": str}                      GSM8K; the number follows "####"
+    {"context": str, "chain_of_thought": str, "answer": str}           the same in three parts
     {"task_id": str, "prompt": str, "entry_point": str, "test": str}   HumanEval
 
-Lines that are none of these are skipped and counted. More keys than these do not matter.
+Other keys are ignored. Lines of another form are skipped and counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Example:
 
     Attributes:
         candidates: (context, continuation) of each answer
-        gold: number of the right one; None where the only candidate is what the model should say
+        gold: index of the right answer; None if greedy decoding must produce the only candidate
     """
 
     candidates: tuple[tuple[str, str], ...]
@@ -40,7 +40,7 @@ class Example:
 
 @dataclass(frozen=True)
 class WordProblem:
-    """A question whose answer is a number, and the way there."""
+    """A question whose answer is a number, with the reasoning that leads there."""
 
     question: str
     reasoning: str
@@ -52,7 +52,7 @@ class Program:
     """A program to complete.
 
     Attributes:
-        prompt: its beginning, up to the docstring of the function to write
+        prompt: beginning of the program, up to the docstring of the function to write
         entry_point: name of that function
         test: source that defines `check(candidate)`, which raises for a wrong function
     """
@@ -78,10 +78,10 @@ class Task:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file that holds something.
+    """Contents of a UTF-8 text file that is not empty.
 
     Raises:
-        ValueError: there is none, it is empty, or it is not text.
+        ValueError: the file cannot be read, is empty, or is not text.
     """
     try:
         text = _read_bytes(path).decode()
@@ -90,7 +90,7 @@ def read_text(path: Path) -> str:
             f"{path}: not UTF-8 text (byte {error.start}); convert it, or name a text file"
         ) from error
     if not text.strip():
-        raise ValueError(f"{path}: empty; name a file with text in it")
+        raise ValueError(f"{path}: empty; name a file that has text")
     return text
 
 
@@ -100,7 +100,7 @@ def task_path(name: str, data: Path) -> Path:
 
 
 def number(text: str) -> Decimal | None:
-    """The number that a text is, without `$`, commas and a full stop at its end."""
+    """A text as a number, without `$`, commas and a final full stop; None if it is no number."""
     try:
         value = Decimal(text.strip().replace("$", "").replace(",", "").rstrip("."))
     except InvalidOperation:
@@ -112,7 +112,7 @@ def read_task(path: Path, limit: int | None = None, shots: int = 0) -> Task:
     """The first `limit` usable questions of a JSONL file, and `shots` more of word problems.
 
     Raises:
-        ValueError: there is no such file, or nothing in it can be used.
+        ValueError: the file cannot be read, or no line of it can be used.
     """
     examples: list[Any] = []
     reasons: list[str] = []
@@ -125,7 +125,7 @@ def read_task(path: Path, limit: int | None = None, shots: int = 0) -> Task:
         try:
             example = _example(json.loads(line))
             if examples and _form(example) != _form(examples[0]):
-                raise ValueError("another form than the lines before; a file holds one task")
+                raise ValueError("not of the form of the lines before; a file holds one task")
             examples.append(example)
         except UnicodeDecodeError:
             reasons.append(f"line {row} is not UTF-8")
@@ -182,28 +182,32 @@ def _example(raw: Any) -> Example | WordProblem | Program:
 def _problem(question: str, reasoning: str, answer: str) -> WordProblem:
     value = number(answer)
     if value is None:
-        raise ValueError(f"answer={answer.strip()!r}: expected a number, behind #### if reasoned")
+        raise ValueError(
+            f"answer={answer.strip()!r}: expected a number; after reasoning, a number after ####"
+        )
     return WordProblem(question.strip(), reasoning.strip(), value)
 
 
 def _choice(candidates: list[tuple[str, str]], gold: Any) -> Example:
     if type(gold) is not int or not 0 <= gold < len(candidates):
-        raise ValueError(f"gold={gold!r}: expected 0 to {len(candidates) - 1}")
+        raise ValueError(
+            f"gold={gold!r}: expected 0 to {len(candidates) - 1}, the index of a choice"
+        )
     return Example(tuple(_pair(*candidate) for candidate in candidates), gold)
 
 
 def _pair(context: str, continuation: str) -> tuple[str, str]:
-    """The space between the two belongs to the continuation, as tokenizers have it."""
+    """Both, with the space between them at the start of the continuation, as tokenizers expect."""
     return context.rstrip(), f" {continuation.strip()}"
 
 
 def _text(raw: dict[str, Any], key: str) -> str:
     if not isinstance(raw[key], str) or not raw[key].strip():
-        raise ValueError(f"{key}={raw[key]!r}: expected some text")
+        raise ValueError(f"{key}={raw[key]!r}: expected a text that is not empty")
     return str(raw[key])
 
 
 def _texts(raw: dict[str, Any], key: str) -> list[str]:
     if not isinstance(raw[key], list) or len(raw[key]) < 2:
-        raise ValueError(f"{key}={raw[key]!r}: expected a list of two texts or more")
+        raise ValueError(f"{key}={raw[key]!r}: expected a list of two or more texts")
     return [_text({key: text}, key) for text in raw[key]]

@@ -117,7 +117,7 @@ def test_generation_ends_at_a_stop_string(lm: Any, monkeypatch: Any) -> None:
         "one two",
     ]
     assert next(words) == ord(" ")  # it stopped there
-    with pytest.raises(ValueError, match="decoding is greedy here; serve the model with vLLM"):
+    with pytest.raises(ValueError, match="only greedy decoding works here; serve the model"):
         lm.generate_until(requests("generate_until", [("a", {**asked, "do_sample": True})]))
     with pytest.raises(ValueError, match=r"generation_kwargs \{'num_beams': 4"):
         lm.generate_until(requests("generate_until", [("a", {**asked, "num_beams": 4})]))
@@ -203,7 +203,7 @@ def test_the_command_runs_lm_evals_tasks(command: list[str], folder: Path, tmp_p
         ({"k": -1}, "--model_args k=-1: expected 0 or more"),
         ({"k": True}, "--model_args k=True: expected 0 or more"),
         ({"pretrained": "nowhere"}, "--model_args pretrained=nowhere: no such model folder"),
-        ({"peft": "x"}, "--model_args peft=x: not for LoRA-Drop"),
+        ({"peft": "x"}, "--model_args peft=x: not supported with LoRA-Drop"),
     ],
     ids=["no-adapter", "adapter", "k", "k-bool", "model", "peft"],
 )

@@ -79,7 +79,7 @@ def test_both_published_forms_are_read(tmp_path: Path) -> None:
         Program("Half/0", HALF["prompt"], "half", HALF["test"])
     ]
     path.write_text(json.dumps({**SUMS[0], "answer": "many"}))
-    with pytest.raises(ValueError, match="answer='many': expected a number, behind ####"):
+    with pytest.raises(ValueError, match="answer='many': expected a number; after reasoning"):
         read_task(path)
 
 
@@ -128,7 +128,7 @@ def test_worked_examples_come_from_the_file_and_are_not_asked(data: Path) -> Non
         "Question: What is 3 and 3?\nAnswer:"
     )
     assert gsm8k(read_task(data / "gsm8k.jsonl"), 0).prompts[0].count("Question") == 1
-    with pytest.raises(ValueError, match="all of them shown as examples; lower --num-fewshot 5"):
+    with pytest.raises(ValueError, match="--num-fewshot 5: gsm8k has 5 questions, so none"):
         gsm8k(read_task(data / "gsm8k.jsonl"), 5)
 
 
@@ -210,7 +210,7 @@ def test_questions_that_the_server_refuses_are_left_out_for_both(
 
 @pytest.mark.parametrize(
     ("base_steps", "our_steps", "message"),
-    [(0, 0, "no LoRA step ran in"), (1, 1, "5 LoRA steps ran while"), (None, None, "without")],
+    [(0, 0, "no LoRA step ran in"), (1, 1, "5 LoRA steps ran although"), (None, None, "without")],
     ids=["none", "strangers", "stock"],
 )
 def test_a_run_that_shows_nothing_is_an_error(
@@ -265,13 +265,16 @@ def test_what_cannot_be_asked_is_refused(
     cloze.write_text('{"context": "The sky is", "continuation": "blue"}\n')
     own = ["model", "--adapter", "dir"]
     for wrong, message in (
-        ([*url, *half], "human_eval: to score it, programs that the model writes must run"),
+        ([*url, *half], "human_eval: scoring it runs programs that the model writes"),
         ([*own, *url, "--num-fewshot", "0", *sums], "the server at --url has its own"),
         ([*own, *url, "--tasks", str(cloze)], "no task is decoded by a server"),
         ([*url, "--dtype", "half", "--num-fewshot", "0", *sums], "--dtype half: the server at"),
         (["--num-fewshot", "0", *sums], "MODEL and --adapter DIR: missing"),
         ([*url, "--num-fewshot", "0", "--tasks", f"{sums[1]},{cloze}"], "MODEL and --adapter DIR"),
-        (["--url", "http://127.0.0.1:9", "--num-fewshot", "0", *sums], "no server of models"),
+        (
+            ["--url", "http://127.0.0.1:9", "--num-fewshot", "0", *sums],
+            "no OpenAI-compatible server",
+        ),
     ):
         assert main(["evaluate", *wrong]) == 2
         error = capsys.readouterr().err
