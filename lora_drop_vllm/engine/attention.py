@@ -9,6 +9,7 @@ been applied with true positions by then.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from vllm.v1.attention.backend import (
     MultipleOf,
     subclass_attention_backend_with_overrides,
 )
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -31,6 +34,14 @@ from lora_drop_vllm.method.schedule import Row, StepKind
 from lora_drop_vllm.method.state import StepState
 
 logger = init_logger("vllm.lora_drop")
+
+FITTING_BACKENDS = (AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN)
+# declare layer-outermost layouts only, but find a block by its stride
+READ_STRIDES = ("CPU_ATTN",)
+_BLOCK_OUTERMOST = {
+    KVCacheLayout.LBNHC: KVCacheLayout.BLNHC,
+    KVCacheLayout.LBHNC: KVCacheLayout.BLHNC,
+}
 
 
 class PackedAttention(Attention):
@@ -84,30 +95,85 @@ def _report(sizes: tuple[int, int], waste: float) -> None:
     )
 
 
-def _block_unit(backend: type[AttentionBackend]) -> int:
-    """The number of tokens that a KV block must be a multiple of."""
+def choose_backend(vllm_config: Any) -> None:
+    """Name a backend that fits, where the user named none and vLLM's own choice does not fit.
+
+    Called before the model is built. vLLM prefers FlashInfer on Blackwell, whose blocks are of
+    fixed sizes.
+    """
+    settings, model = vllm_config.attention_config, vllm_config.model_config
+    if settings.backend is not None or settings.backend_per_kind:
+        return
+
+    def chosen() -> type[AttentionBackend]:
+        return get_attn_backend(
+            model.get_head_size(),
+            model.dtype,
+            vllm_config.cache_config.cache_dtype,
+            num_heads=model.get_num_attention_heads(vllm_config.parallel_config),
+        )
+
+    preferred = chosen()
+    if _misfit(preferred) is None:
+        return
+    for settings.backend in FITTING_BACKENDS:
+        with suppress(ValueError):  # not on this machine, or not for this model
+            if _misfit(chosen()) is None:
+                logger.info(
+                    "LoRA-Drop attention backend: %s instead of vLLM's choice %s, which %s; "
+                    "--attention-backend overrides this",
+                    settings.backend.name,
+                    preferred.get_name(),
+                    _misfit(preferred),
+                )
+                return
+    settings.backend = None  # `pack` refuses vLLM's choice
+
+
+def _misfit(backend: type[AttentionBackend]) -> str | None:
+    """Why a backend cannot hold packed blocks; None where it can."""
     sizes = backend.get_supported_kernel_block_sizes()
-    for size in sizes:
-        if isinstance(size, MultipleOf):
-            return size.base
-    raise ValueError(
-        f"--attention-backend {backend.get_name()}: supports only KV blocks of {sizes} tokens, but "
-        "lora_drop.kv='skip' needs blocks of other sizes; use another backend or "
-        "lora_drop.kv='write'."
-    )
+    if not any(isinstance(size, MultipleOf) for size in sizes):
+        return f"supports only KV blocks of {sizes} tokens"
+    if not _packed_layouts(backend):
+        declared = [layout.name for layout in backend.supported_kv_cache_layouts() or ()]
+        return f"supports only the KV layouts {declared}, in which a block belongs to one layer"
+    return None
+
+
+def _block_unit(backend: type[AttentionBackend]) -> int:
+    """The number of tokens that a KV block must be a multiple of.
+
+    Raises:
+        ValueError: the backend cannot hold packed blocks.
+    """
+    if misfit := _misfit(backend):
+        raise ValueError(
+            f"--attention-backend {backend.get_name()}: {misfit}, but lora_drop.kv='skip' packs "
+            "all layers of a group into blocks of sizes of its own; use another backend or "
+            "lora_drop.kv='write'."
+        )
+    sizes = backend.get_supported_kernel_block_sizes()
+    return next(size.base for size in sizes if isinstance(size, MultipleOf))
+
+
+def _packed_layouts(backend: type[AttentionBackend]) -> tuple[KVCacheLayout, ...]:
+    """The layouts in which a block holds all layers of its group, most preferred first.
+
+    In the other layouts all layers' pages must have one size, which pads every drop block. The
+    order within a block, [N, H] or [H, N], is the one that vLLM itself would take.
+    """
+    declared = backend.supported_kv_cache_layouts()
+    if declared is None:  # vLLM then takes LBNHC
+        return (KVCacheLayout.BLNHC, KVCacheLayout.BLHNC)
+    if backend.get_name() in READ_STRIDES:
+        declared = tuple(_BLOCK_OUTERMOST.get(layout, layout) for layout in declared)
+    return tuple(layout for layout in declared if layout in _BLOCK_OUTERMOST.values())
 
 
 def _packed(backend: type[AttentionBackend]) -> type[AttentionBackend]:
-    """The backend, declared for layouts in which a block holds all layers of its group.
-
-    In the other layouts all layers' pages must have one size, which pads every drop block.
-    """
-    wanted = (KVCacheLayout.BLHNC, KVCacheLayout.BLNHC)
-    declared = backend.supported_kv_cache_layouts()
-    # a backend reads the inside of a block, [H, N, C], in one order; where the block starts is
-    # a stride to it, so declaring the layer-outermost order is enough
-    inner = {layout.layer_view_order[1:] for layout in declared or wanted}
-    layouts = tuple(w for w in wanted if w.layer_view_order[1:] in inner)
+    """The backend, declared for packed layouts alone."""
+    layouts = _packed_layouts(backend)
     return subclass_attention_backend_with_overrides(
         "LoRADropPacked", backend, {"supported_kv_cache_layouts": classmethod(lambda cls: layouts)}
     )
@@ -130,6 +196,7 @@ def _compacted_builder(base: Any, step: StepState) -> Any:
             # captured graphs read the lengths from here
             size = vllm_config.scheduler_config.max_num_seqs
             self.compacted_lens = torch.zeros(size, dtype=torch.int32, device=device)
+            _warm_up(device)
 
         def build(self, common_prefix_len: int, common_attn_metadata: Any, **kwargs: Any) -> Any:
             if step.kind is StepKind.LORA:
@@ -144,6 +211,13 @@ def _compacted_builder(base: Any, step: StepState) -> Any:
             return super().build_for_cudagraph_capture(common_attn_metadata)
 
     return CompactedMetadataBuilder
+
+
+def _warm_up(device: Any) -> None:
+    """Compile the kernel of `compact` now and not with the first request."""
+    zeros = torch.zeros(2, dtype=torch.int32, device=device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    kernels.compact_slots(zeros, zeros[:1], zeros[None, :1], slots, zeros[:1].clone(), 1)
 
 
 def compact(common: Any, rows: Sequence[Row], block_size: int, seq_lens: Tensor) -> Any:

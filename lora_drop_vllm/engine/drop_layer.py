@@ -1,7 +1,7 @@
 """The drop layer: vLLM's own decoder layer in a full step, the low-rank update in a LoRA step.
 
 The paper's x is the sum of the `(hidden_states, residual)` that vLLM's layers pass on; it is taken
-here and nowhere else.
+here and nowhere else: in full steps from the norm that adds them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 
 from lora_drop_vllm.config import LoRADropConfig
 from lora_drop_vllm.kernels import ops
+from lora_drop_vllm.kernels.heuristics import row_classes
 from lora_drop_vllm.method.reuse import REUSE, SITES, Reuse
 
 
@@ -37,18 +38,17 @@ class KeptStates(nn.Module):
         self.register_buffer("slots", slots, persistent=False)
         self.register_buffer("gates", None if gates is None else gates.to(states), persistent=False)
 
-    def enter(self, hidden: Tensor, residual: Tensor, site: int) -> None:
-        """The stream in front of a site."""
-        if self.rule.difference:
-            ops.save_stream(hidden, residual, self.states, site, self.slots)
+    def take(self, x: Tensor, place: int) -> None:
+        """The stream behind site `place` - 1 and in front of site `place`, [T, d].
 
-    def leave(self, hidden: Tensor, residual: Tensor, site: int) -> None:
-        """The stream behind a site; of differences, all are taken behind the last."""
-        if not self.rule.difference:
-            if self.rule.keeps_state:
-                ops.save_stream(hidden, residual, self.states, site, self.slots)
-        elif site == len(self.states) - 1:
-            ops.save_changes(hidden, residual, self.states, self.gates, self.slots)
+        Of differences, all are taken behind the last site.
+        """
+        if self.rule.difference and place < len(self.states):
+            ops.save_stream(x, self.states, place, self.slots)
+        elif self.rule.difference:
+            ops.save_changes(x, self.states, self.gates, self.slots)
+        elif self.rule.keeps_state and place > 0:
+            ops.save_stream(x, self.states, place - 1, self.slots)
 
 
 class DropRun(nn.Module):
@@ -80,6 +80,12 @@ class DropRun(nn.Module):
         states = self.states if rule.keeps_state else None
         return run(x, states, self.slots, self.A, self.B, self.scale, rule.beta, after)
 
+    def warm_up(self) -> None:
+        """Compile the kernels for every number of rows; outside a step no state is touched."""
+        layers, r, d = self.A.shape
+        for rows in row_classes(layers, len(self.slots), d, r, self.A.element_size()):
+            self.update(self.A.new_zeros(rows, d), None)
+
 
 class KVProjection(nn.Module):
     """The K and V rows of a layer's fused QKV projection, for LoRA steps under `kv: write`.
@@ -102,26 +108,17 @@ class KVProjection(nn.Module):
 class DropLayer(nn.Module):
     """Mixed into vLLM's decoder layer by `make_drop_layers`; knows both kinds of step.
 
+    A full step is vLLM's own; the norms around its sites hand the stream on (`_watch`).
+
     Attributes:
-        kept: the states of the layer's sites, and of the sites around them
-        sites: the layer's own places among them
+        kept: the states of the run of layers that this one is in
         run: the update of the sites from this layer on; None where an earlier layer's covers it
         kv_proj: under `kv: write`, what LoRA steps still compute of the layer
     """
 
     kept: KeptStates
-    sites: range
     run: DropRun | None
     kv_proj: KVProjection | None
-
-    def forward(
-        self, positions: Tensor, hidden_states: Tensor, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Full step: f^i, and the states filled at each request's last token."""
-        self.kept.enter(hidden_states, residual, self.sites[0])
-        hidden_states, residual = super().forward(positions, hidden_states, residual)
-        self.kept.leave(hidden_states, residual, self.sites[-1])
-        return hidden_states, residual
 
     def lora_step(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
@@ -145,8 +142,10 @@ class DropLayer(nn.Module):
         # to the rotary op the keys are its queries: it turns whatever heads it is given
         key, _ = attention.rotary_emb(positions, key.contiguous())
         heads = (-1, attention.num_kv_heads, attention.head_dim)
+        # the name is wrapped here, inside the traced forward, as vLLM's attention does it
+        name = _encode_layer_name(attention.attn.layer_name)
         return torch.ops.vllm.unified_kv_cache_update(
-            key.view(heads), value.contiguous().view(heads), self.kv_layer_name
+            key.view(heads), value.contiguous().view(heads), name
         )
 
 
@@ -191,8 +190,12 @@ def make_drop_layers(
         own_states = states[sites.start : sites.stop]
         gates = torch.stack([filled[n].gate for n in sites]) if rule.difference else None
         kept = KeptStates(rule, own_states, slots, gates)
-        for n, place in enumerate(run):
-            _drop(layers[config.drop_layers[place]], kept, n, config)
+        dropped = [layers[config.drop_layers[place]] for place in run]
+        for layer in dropped:
+            _drop(layer, kept, config)
+        behind = layers[config.drop_layers[run.stop - 1] + 1]  # the last layer never drops
+        for place, norm in enumerate([*_norms(dropped, per_layer), behind.input_layernorm]):
+            _watch(norm, kept, place)
         # under `kv: write` a layer's own input is needed for its K and V: no run goes through
         step = len(sites) if config.kv_skips else per_layer
         for start in range(0, len(sites), step):
@@ -202,17 +205,31 @@ def make_drop_layers(
             layer.run = DropRun(config, A, B, states[updated.start : updated.stop], slots)
 
 
-def _drop(layer: Any, kept: KeptStates, n: int, config: LoRADropConfig) -> None:
-    """Turn one layer, the n-th of its run, into a drop layer."""
-    names = SITES[config.injection]
+def _drop(layer: Any, kept: KeptStates, config: LoRADropConfig) -> None:
+    """Turn one layer into a drop layer."""
     layer.__class__ = _DROP_CLASSES[type(layer)]
-    layer.kept, layer.sites = kept, range(n * len(names), (n + 1) * len(names))
-    layer.run, layer.kv_proj = None, None
-    if len(names) == 2:
-        hook = _between_sites(kept, *layer.sites)
-        layer.post_attention_layernorm.register_forward_pre_hook(hook)
+    layer.kept, layer.run, layer.kv_proj = kept, None, None
     if not config.kv_skips:
         _write_kv_in_lora_steps(layer)
+
+
+def _norms(layers: Sequence[Any], per_layer: int) -> list[Any]:
+    """The norm in front of each site of these layers."""
+    names = ("input_layernorm", "post_attention_layernorm")[:per_layer]
+    return [getattr(layer, name) for layer in layers for name in names]
+
+
+def _watch(norm: Any, kept: KeptStates, place: int) -> None:
+    """Take the stream from a norm, which adds the residual and returns the sum beside its output.
+
+    What enters the norm stays unread: vLLM fuses an all-reduce with the norm that alone reads it.
+    """
+
+    def take(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        if len(args) == 2:  # in a LoRA step a norm here is given no residual
+            kept.take(output[1], place)
+
+    norm.register_forward_hook(take)
 
 
 def _runs(drop_layers: Sequence[int]) -> list[range]:
@@ -234,15 +251,3 @@ def _write_kv_in_lora_steps(layer: Any) -> None:
             "write K and V alone; use another --attention-backend or lora_drop.kv='skip'."
         )
     layer.kv_proj = KVProjection(attention.qkv_proj, attention.q_size)
-    layer.kv_layer_name = _encode_layer_name(attention.attn.layer_name)
-
-
-def _between_sites(kept: KeptStates, attn: int, mlp: int) -> Any:
-    """Hook before the norm behind attention: where one site ends and the next begins."""
-
-    def save(module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
-        if len(args) == 2:
-            kept.leave(*args, attn)
-            kept.enter(*args, mlp)
-
-    return save

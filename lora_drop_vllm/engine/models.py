@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -20,6 +21,8 @@ from lora_drop_vllm.method.adapter import load_tensors, read_config
 from lora_drop_vllm.method.reuse import SITES
 from lora_drop_vllm.method.schedule import StepKind
 from lora_drop_vllm.method.state import StepState
+
+LORA_STEP_TAG = "lora_step"
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": {0: "b"}, "positions": {0: "b"}})
@@ -58,8 +61,10 @@ class LoRADropModel(nn.Module):
     model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = active_config(vllm_config)
+        if config.kv_skips:
+            attention.choose_backend(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         scheduler = vllm_config.scheduler_config
         self.lora_drop = StepState(
             num_sites=len(SITES[config.injection]) * len(config.drop_layers),
@@ -79,7 +84,9 @@ class LoRADropModel(nn.Module):
         if config.kv_skips:
             modules = [layer.self_attn.attn for layer in self.model.layers]
             attention.pack(modules, config.drop_layers, self.lora_drop)
-        self.lora_step_model = LoRAStepModel(vllm_config=vllm_config, model=self.model)
+        # vLLM finds a compiled graph by its module's tag and its number: one tag, one cache
+        with set_model_tag(LORA_STEP_TAG):
+            self.lora_step_model = LoRAStepModel(vllm_config=vllm_config, model=self.model)
         self._warm = False
 
     def forward(
@@ -100,9 +107,13 @@ class LoRADropModel(nn.Module):
 
     def _warm_up(self, input_ids: Tensor, positions: Tensor) -> None:
         """Compile the LoRA step with the engine's first profiling run, not with a request."""
-        if not self._warm:
-            self._warm = True
-            self.lora_step_model(input_ids, positions)
+        if self._warm:
+            return
+        self._warm = True
+        self.lora_step_model(input_ids, positions)
+        for layer in self.model.layers:
+            if isinstance(layer, DropLayer) and layer.run is not None:
+                layer.run.warm_up()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """vLLM's loading; the K/V projections of drop layers share what it loads."""

@@ -46,7 +46,7 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-    device = vllm_config.device_config.device_type
+    offload, device = vllm_config.offload_config, vllm_config.device_config.device_type
     leave_out = "leave it out"
     return [
         (model.runner_type != "generate", f"--runner {model.runner_type}", "use it to generate"),
@@ -72,6 +72,10 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
         (cache.cache_dtype != "auto", f"--kv-cache-dtype {cache.cache_dtype}", leave_out),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", leave_out),
         (bool(cache.kv_offloading_size), "--kv-offloading-size", leave_out),
+        # both wrap the layers' forward before they become drop layers
+        (offload.uva.cpu_offload_gb > 0, "--cpu-offload-gb", leave_out),
+        (offload.prefetch.offload_group_size > 0, "--offload-group-size", leave_out),
+        (offload.offload_backend != "auto", "--offload-backend", leave_out),
         (
             bool(scheduler.disable_hybrid_kv_cache_manager),
             "--disable-hybrid-kv-cache-manager",

@@ -125,7 +125,19 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache", "cuda_graphs.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker._make_model_runner", "worker_gpu.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.execute_model", "worker.py", ("scheduler_output",)),
+    # what is called
+    Seam("vllm.compilation.backends:set_model_tag", "models.py", ("tag",)),
+    Seam(
+        "vllm.v1.attention.selector:get_attn_backend",
+        "attention.py",
+        ("head_size", "dtype", "kv_cache_dtype", "num_heads"),
+    ),
     # module layouts the drop layer runs on
+    Seam(
+        "vllm.model_executor.layers.layernorm:RMSNorm.forward_native",
+        "drop_layer.py",
+        ("x", "residual"),
+    ),
     Seam(
         "vllm.model_executor.models.llama:LlamaDecoderLayer.forward",
         "drop_layer.py",
