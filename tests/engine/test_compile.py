@@ -14,7 +14,7 @@ import torch
 from environment import V2
 from gpu_compile import keep_vllm_compile
 from oracle import Oracle
-from serving import PROMPT, Serve, assert_same, settings_of
+from serving import PROMPT, Engine, Serve, assert_same, settings_of
 from tiny import load_model, make_adapter, make_model
 
 pytestmark = [
@@ -54,6 +54,32 @@ def cases() -> list[Any]:
     ]
 
 
+def start(serve: Serve, model: Path, adapter: Path) -> Engine:
+    """An engine that compiles as in a fresh process."""
+    torch._dynamo.reset()
+    return serve(
+        model,
+        {"adapter": str(adapter)},
+        enforce_eager=False,
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+    )
+
+
+def check_compiled(engine: Engine, from_disk: bool) -> None:
+    """Both modules went through vLLM's own backend, split at attention."""
+    from vllm.config import CompilationMode
+
+    compilation = engine.runner.compilation_config
+    assert compilation.mode is CompilationMode.VLLM_COMPILE
+    assert "vllm::unified_attention_with_output" in compilation.splitting_ops
+    model = engine.runner.model
+    for module in (model.model, model.lora_step_model):
+        assert not module.do_not_compile
+        assert getattr(module, "was_aot_compile_fn_loaded_from_disk", False) == from_disk
+
+
 @pytest.mark.parametrize(("cache", "family", "reuse", "kv", "injection"), cases())
 def test_each_module_runs_its_own_graphs(
     serve: Serve,
@@ -65,46 +91,23 @@ def test_each_module_runs_its_own_graphs(
     kv: str,
     injection: str,
 ) -> None:
-    from vllm.config import CompilationMode
-
     keep_vllm_compile(monkeypatch)
     aot, mega = CACHES[cache]
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("VLLM_USE_AOT_COMPILE", aot)
     monkeypatch.setenv("VLLM_USE_MEGA_AOT_ARTIFACT", mega)
-    folder = make_model(tmp_path / "model", family, num_layers=6)
+    folder, adapter = make_model(tmp_path / "model", family, num_layers=6), tmp_path / "adapter"
     config, tensors = make_adapter(
-        tmp_path / "adapter",
-        folder,
-        drop_layers=[3, 4],
-        k=2,
-        reuse=reuse,
-        kv=kv,
-        injection=injection,
+        adapter, folder, drop_layers=[3, 4], k=2, reuse=reuse, kv=kv, injection=injection
     )
     oracle = Oracle(load_model(folder), settings_of(config, tensors))
     want = oracle.decode(PROMPT, TOKENS)
-    for start in ("cold", "warm"):
-        torch._dynamo.reset()
-        engine = serve(
-            folder,
-            {"adapter": str(tmp_path / "adapter")},
-            enforce_eager=False,
-            max_model_len=64,
-            max_num_seqs=4,
-            max_num_batched_tokens=64,
-        )
+    for warm in (False, True):
+        engine = start(serve, folder, adapter)
         (got,) = engine.generate([PROMPT], TOKENS)
         assert_same(got, want, oracle)
         assert engine.counts() == {"full": 3, "lora": 6}
-        compilation = engine.runner.compilation_config
-        assert compilation.mode is CompilationMode.VLLM_COMPILE
-        assert "vllm::unified_attention_with_output" in compilation.splitting_ops
-        model = engine.runner.model
-        for module in (model.model, model.lora_step_model):
-            assert not module.do_not_compile
-            loaded = getattr(module, "was_aot_compile_fn_loaded_from_disk", False)
-            assert loaded == (aot == "1" and start == "warm")
+        check_compiled(engine, from_disk=warm and aot == "1")
     if mega == "0":
         modules = {path.parent.name for path in tmp_path.rglob("vllm_compile_cache.py")}
         assert modules == {"backbone", "lora_step"}
