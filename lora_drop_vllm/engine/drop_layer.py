@@ -23,7 +23,7 @@ from lora_drop_vllm.method.reuse import REUSE, SITES, Reuse
 
 
 class KeptStates(nn.Module):
-    """The states c_i of L consecutive sites, as full steps fill them.
+    """The states c_i of L consecutive sites, which full steps fill.
 
     Buffers (not in the state dict: dummy weights must not overwrite them):
         states: [L, max_requests, d]  c_i by request slot, a view of the worker's buffer
@@ -39,9 +39,9 @@ class KeptStates(nn.Module):
         self.register_buffer("gates", None if gates is None else gates.to(states), persistent=False)
 
     def take(self, x: Tensor, place: int) -> None:
-        """The stream behind site `place` - 1 and in front of site `place`, [T, d].
+        """Keeps the stream behind site `place` - 1 and in front of site `place`, [T, d].
 
-        Of differences, all are taken behind the last site.
+        Differences are taken behind the last site, for all sites at once.
         """
         if self.rule.difference and place < len(self.states):
             ops.save_stream(x, self.states, place, self.slots)
@@ -52,7 +52,7 @@ class KeptStates(nn.Module):
 
 
 class DropRun(nn.Module):
-    """The update of consecutive sites in a LoRA step, L sites in one call.
+    """The update of L consecutive sites in a LoRA step, in one call.
 
     Buffers:
         A, B: [L, r, d], [L, d, r]
@@ -73,7 +73,7 @@ class DropRun(nn.Module):
     def update(self, x: Tensor, after: Tensor | None) -> Tensor:
         """beta * x + c_i + scale * B A x, site after site, for one row per request, [T, d].
 
-        `after` is a token of what a compiled graph must have done before (the KV write).
+        A compiled graph runs first what returned `after` (the KV write).
         """
         rule = self.rule
         run = ops.drop_run_back if rule.writes_back else ops.drop_run
@@ -81,7 +81,7 @@ class DropRun(nn.Module):
         return run(x, states, self.slots, self.A, self.B, self.scale, rule.beta, after)
 
     def warm_up(self) -> None:
-        """Compile the kernels for every number of rows; outside a step no state is touched."""
+        """Compiles the kernels for every number of rows; outside a step it touches no state."""
         layers, r, d = self.A.shape
         for rows in row_classes(layers, len(self.slots), d, r, self.A.element_size()):
             self.update(self.A.new_zeros(rows, d), None)
@@ -106,13 +106,13 @@ class KVProjection(nn.Module):
 
 
 class DropLayer(nn.Module):
-    """Mixed into vLLM's decoder layer by `make_drop_layers`; knows both kinds of step.
+    """A decoder layer of vLLM with a LoRA step; `make_drop_layers` exchanges the class.
 
-    A full step is vLLM's own; the norms around its sites hand the stream on (`_watch`).
+    A full step is vLLM's own; the norms around the layer's sites hand on the stream (`_watch`).
 
     Attributes:
         kept: the states of the run of layers that this one is in
-        run: the update of the sites from this layer on; None where an earlier layer's covers it
+        run: the update of the sites from this layer on; None where an earlier layer's covers them
         kv_proj: under `kv: write`, what LoRA steps still compute of the layer
     """
 
@@ -123,10 +123,10 @@ class DropLayer(nn.Module):
     def lora_step(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """LoRA step: no attention, no MLP.
+        """The layer in a LoRA step: no attention, no MLP.
 
-        The first layer of a run returns the stream behind its last one as one tensor, [T, d] and
-        None; the others hand on what they are given.
+        The first layer of a run returns the stream behind the run's last layer, [T, d], and None;
+        the others return what they are given.
         """
         if self.run is None:
             return hidden_states, residual
@@ -135,11 +135,11 @@ class DropLayer(nn.Module):
         return self.run.update(x, written), None
 
     def _write_kv(self, positions: Tensor, x: Tensor) -> Tensor:
-        """Write K and V of this step; returns the engine's token that orders the write."""
+        """Writes K and V of this step; returns what orders the write in a compiled graph."""
         attention = self.self_attn
         kv = self.kv_proj(self.input_layernorm(x))
         key, value = kv.split([attention.kv_size, attention.kv_size], dim=-1)
-        # to the rotary op the keys are its queries: it turns whatever heads it is given
+        # the keys are passed as queries: the rotary op turns whatever heads it is given
         key, _ = attention.rotary_emb(positions, key.contiguous())
         heads = (-1, attention.num_kv_heads, attention.head_dim)
         # the name is wrapped here, inside the traced forward, as vLLM's attention does it
@@ -170,7 +170,7 @@ def make_drop_layers(
     states: Tensor,
     slots: Tensor,
 ) -> None:
-    """Turn the layers D of the built model into drop layers, in place.
+    """Turns the layers D of the built model into drop layers, in place.
 
     Args:
         layers: all decoder layers of vLLM's model
@@ -196,7 +196,7 @@ def make_drop_layers(
         behind = layers[config.drop_layers[run.stop - 1] + 1]  # the last layer never drops
         for place, norm in enumerate([*_norms(dropped, per_layer), behind.input_layernorm]):
             _watch(norm, kept, place)
-        # under `kv: write` a layer's own input is needed for its K and V: no run goes through
+        # under `kv: write` every layer needs its own input for K and V: one update per layer
         step = len(sites) if config.kv_skips else per_layer
         for start in range(0, len(sites), step):
             updated = sites[start : start + step]
@@ -206,7 +206,7 @@ def make_drop_layers(
 
 
 def _drop(layer: Any, kept: KeptStates, config: LoRADropConfig) -> None:
-    """Turn one layer into a drop layer."""
+    """Turns one layer into a drop layer."""
     layer.__class__ = _DROP_CLASSES[type(layer)]
     layer.kept, layer.run, layer.kv_proj = kept, None, None
     if not config.kv_skips:
@@ -220,9 +220,9 @@ def _norms(layers: Sequence[Any], per_layer: int) -> list[Any]:
 
 
 def _watch(norm: Any, kept: KeptStates, place: int) -> None:
-    """Take the stream from a norm, which adds the residual and returns the sum beside its output.
+    """Keeps the stream that a norm returns: it adds the residual and returns the sum, too.
 
-    What enters the norm stays unread: vLLM fuses an all-reduce with the norm that alone reads it.
+    The norm's input stays unread, because vLLM fuses an all-reduce only with its sole reader.
     """
 
     def take(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
@@ -233,7 +233,7 @@ def _watch(norm: Any, kept: KeptStates, place: int) -> None:
 
 
 def _runs(drop_layers: Sequence[int]) -> list[range]:
-    """Places in `drop_layers`, those of neighbouring layers together."""
+    """Places in `drop_layers`, with neighbouring layers together."""
     runs: list[range] = []
     for place, index in enumerate(drop_layers):
         if place and drop_layers[place - 1] == index - 1:

@@ -1,4 +1,4 @@
-"""Llama and Qwen2 with drop layers: vLLM's models, and a second callable for LoRA steps."""
+"""Llama and Qwen2 with drop layers: vLLM's models and a second callable for LoRA steps."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ LORA_STEP_TAG = "lora_step"
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": {0: "b"}, "positions": {0: "b"}})
 class LoRAStepModel(nn.Module):
-    """The model in a LoRA step, over the weights of the full model.
+    """The model in a LoRA step, with the weights of the full model.
 
-    A module of its own because a compiled module has one graph: the two kinds of step need two.
+    The two kinds of step need two modules, because a compiled module has one graph.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, model: Any) -> None:
         super().__init__()
-        # not registered a second time: the full model owns these
+        # unregistered: the full model owns these
         self.__dict__["shared"] = (model.embed_tokens, list(model.layers), model.norm)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """[T] token ids, one per request, to [T, d] final hidden states."""
+        """Final hidden states [T, d] of [T] token ids, one per request."""
         embed, layers, norm = self.shared
         hidden, residual = embed(input_ids), None
         for layer in layers:
@@ -51,10 +51,10 @@ class LoRAStepModel(nn.Module):
 
 
 class LoRADropModel(nn.Module):
-    """Mixed into vLLM's `...ForCausalLM`: builds the drop layers, picks the callable per step.
+    """A mixin of vLLM's `...ForCausalLM` that builds the drop layers and runs each step's kind.
 
     Attributes:
-        lora_drop: states and the plan of the step at hand
+        lora_drop: the states and the plan of the current step
         lora_step_model: the callable of LoRA steps
     """
 
@@ -84,7 +84,7 @@ class LoRADropModel(nn.Module):
         if config.kv_skips:
             modules = [layer.self_attn.attn for layer in self.model.layers]
             attention.pack(modules, config.drop_layers, self.lora_drop)
-        # vLLM finds a compiled graph by its module's tag and its number: one tag, one cache
+        # vLLM looks up compiled graphs by tag and number: with one tag they would be mixed up
         with set_model_tag(LORA_STEP_TAG):
             self.lora_step_model = LoRAStepModel(vllm_config=vllm_config, model=self.model)
         self._warm = False
@@ -96,7 +96,7 @@ class LoRADropModel(nn.Module):
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """One engine step of the kind that the plan at hand says."""
+        """Runs one engine step, of the kind that its plan says."""
         step = self.lora_drop
         if not step.in_step:
             self._warm_up(input_ids, positions)
@@ -106,7 +106,7 @@ class LoRADropModel(nn.Module):
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def _warm_up(self, input_ids: Tensor, positions: Tensor) -> None:
-        """Compile the LoRA step with the engine's first profiling run, not with a request."""
+        """Compiles the LoRA step in the engine's first profiling run, not with a request."""
         if self._warm:
             return
         self._warm = True
@@ -116,7 +116,7 @@ class LoRADropModel(nn.Module):
                 layer.run.warm_up()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """vLLM's loading; the K/V projections of drop layers share what it loads."""
+        """Loads the weights as vLLM does; the K/V projections of drop layers share them."""
         loaded = super().load_weights(weights)
         return loaded | {name for name, _ in self.named_parameters() if ".kv_proj." in name}
 

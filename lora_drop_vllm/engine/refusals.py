@@ -1,4 +1,4 @@
-"""What LoRA-Drop refuses to be served with, before any weight is loaded."""
+"""Models and engine features that LoRA-Drop refuses, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEAVE_OUT = "leave it out"
 
 
 def check_architecture(vllm_config: VllmConfig, allowed: list[str]) -> None:
-    """Raise unless the model is of a family that has a LoRA-Drop variant."""
+    """Raises unless the model's family has a LoRA-Drop variant."""
     architectures = vllm_config.model_config.hf_config.architectures
     if not architectures or architectures[0] not in allowed:
         raise LoRADropConfigError(
@@ -24,7 +24,7 @@ def check_architecture(vllm_config: VllmConfig, allowed: list[str]) -> None:
 
 
 def check_supported(vllm_config: VllmConfig, config: LoRADropConfig) -> None:
-    """Raise for every engine feature that LoRA-Drop does not implement.
+    """Raises for every engine feature that LoRA-Drop does not implement.
 
     Raises:
         LoRADropConfigError: naming the feature as the user wrote it and the way out.

@@ -173,7 +173,7 @@ def resolve_name(target: str) -> Any:
 
 
 def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
-    """Raise when the installed vLLM no longer offers what engine/ was written against."""
+    """Raises when the installed vLLM no longer offers what engine/ was written against."""
     for seam in seams:
         try:
             found = resolve_name(seam.target)
@@ -186,7 +186,7 @@ def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
 
 
 def check_attributes(found: object, names: Sequence[str], used_by: str) -> None:
-    """Raise when an object of vLLM lacks attributes that engine/ sets or reads."""
+    """Raises when an object of vLLM lacks attributes that engine/ sets or reads."""
     kind = type(found)
     have = [name for name in names if hasattr(found, name)]
     _check_lost(f"{kind.__module__}:{kind.__qualname__}", names, have, used_by)

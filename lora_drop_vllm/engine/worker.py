@@ -1,4 +1,4 @@
-"""Worker hook: hands each step's plan to the model before the engine's runner starts on it."""
+"""The worker hook: gives each step's plan to the model before the runner starts the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_drop_vllm.method.schedule import StepKind, StepPlan
 
 
 class PlanReceiver:
-    """Mixed into vLLM's workers."""
+    """A mixin of vLLM's workers."""
 
     vllm_config: Any
     model_runner: Any
@@ -24,10 +24,10 @@ class PlanReceiver:
     _witnessed = False
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run one engine step under the plan that the scheduler sent along."""
+        """Runs one engine step under the plan that the scheduler sent with it."""
         plan = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
         if plan is None:
-            # before the first request the engine warms its kernels up with steps of its own
+            # before the first request, the engine warms up its kernels with steps of its own
             if self._serving:
                 raise RuntimeError("the scheduler sent a step without a LoRA-Drop plan")
             return super().execute_model(scheduler_output)  # type: ignore[misc]
@@ -42,7 +42,7 @@ class PlanReceiver:
             step.end()
 
     def _witness(self, plan: StepPlan) -> AbstractContextManager[None]:
-        """A look at what the first full step writes; nothing around any other step."""
+        """The witness around the first full step; nothing around any other step."""
         if self._witnessed or plan.kind is not StepKind.FULL or not plan.rows:
             return nullcontext()
         self._witnessed = True
