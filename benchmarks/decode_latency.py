@@ -1,8 +1,10 @@
 """Time per output token with LoRA-Drop, with k = 0 and with stock vLLM, beside the ideal.
 
-One engine per variant lives in a process of its own. They take turns, so that the machine's drift
-hits all of them alike. Ratios are taken round by round; their median is the result. On a GPU the
-engines are compiled and use CUDA graphs, on a CPU they are eager unless `--compile` is given.
+Each engine lives in a process of its own. They take turns, so that the machine's drift hits all of
+them alike. The LoRA-Drop engine also runs k = 0, request by request. Ratios are taken round by
+round; their median is the result. On a GPU the engines are compiled and use CUDA graphs, and they
+run one after the other if they do not fit side by side. On a CPU they are eager unless `--compile`
+is given.
 
     python benchmarks/decode_latency.py
     python benchmarks/decode_latency.py --model 1b --rounds 5 --tokens 33
@@ -15,53 +17,89 @@ import argparse
 import itertools
 import json
 import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from support import record
+from support import gpu_memory, record
 from support.decode_figures import Times, metrics_of
 from support.engines import SHAPES, Engine, make_shape
 from tqdm import tqdm
 
 from lora_drop_vllm.method.layers import choose_layers, eligible_layers, num_drop_layers
 
+ENGINES = ("stock", "fewer_layers", "lora_drop")
+VARIANTS = {name: name for name in ENGINES} | {"k0": "lora_drop"}  # and whose engine runs them
 
-def engine_arguments(given: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of every engine, sized for the largest `--batch`."""
-    shape = SHAPES[given.model]
-    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    size = 4 if given.dtype == "float32" else 2  # bytes of a number
-    per_token = 2 * size * shape["num_hidden_layers"] * kv_heads * shape["hidden_size"] // heads
-    length = given.prompt + given.tokens
-    return dict(
-        enforce_eager=not given.compile,
-        dtype=given.dtype,
-        max_model_len=length + 64,
-        max_num_seqs=max(given.batch),
-        # a block of slack for each request in each of the two groups of layers
-        kv_cache_memory_bytes=max((length + 512) * max(given.batch) * per_token, 1 << 28),
-        compilation_config={"cudagraph_capture_sizes": sorted(given.batch)},
+
+def num_size(given: argparse.Namespace) -> int:
+    """Bytes of a number."""
+    return 4 if given.dtype == "float32" else 2
+
+
+def half_of(shape: dict[str, Any]) -> dict[str, Any]:
+    """The shape with half of its layers."""
+    return shape | {"num_hidden_layers": shape["num_hidden_layers"] // 2}
+
+
+def kv_pool(given: argparse.Namespace, unit: int) -> int:
+    """Bytes of every engine's KV pool, enough for the largest batch asked for."""
+    return max(
+        gpu_memory.pool_bytes(
+            SHAPES[given.model],
+            num_size(given),
+            max(given.batch),
+            given.prompt + given.tokens,
+            len(drop_layers(given)),
+            unit,
+        ),
+        1 << 28,
     )
 
 
-def start(given: argparse.Namespace, scratch: Path) -> dict[str, Engine]:
-    """Engines of all variants, running and warm."""
-    layers = SHAPES[given.model]["num_hidden_layers"]
-    full = str(make_shape(scratch / "full", given.model))
-    half = str(make_shape(scratch / "half", given.model, layers // 2))
-    ours = {"untrained": True, "drop_layers": drop_layers(given)}
-    variants: dict[str, tuple[str, dict[str, Any] | None]] = {
-        "stock": (full, None),
-        "fewer_layers": (half, None),
-        "lora_drop": (full, ours | {"k": max(given.k)}),
-        "k0": (full, ours | {"k": 0}),
-    }
-    engines = {
-        name: Engine(folder, settings, engine_arguments(given))
-        for name, (folder, settings) in variants.items()
-    }
-    for engine in tqdm(engines.values(), desc="Starting engines"):
-        engine.wait()
+def needs(given: argparse.Namespace) -> dict[str, int]:
+    """GPU memory of each engine, in bytes."""
+    shape, size, pool = SHAPES[given.model], num_size(given), kv_pool(given, gpu_memory.UNIT)
+    whole = gpu_memory.engine_bytes(shape, size, pool)
+    half = gpu_memory.engine_bytes(half_of(shape), size, pool)
+    return {name: half if name == "fewer_layers" else whole for name in ENGINES}
+
+
+def engine_arguments(given: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Arguments of an engine, sized for the largest batch asked for."""
+    card = gpu_memory.card_bytes()
+    arguments = dict(
+        enforce_eager=not given.compile,
+        dtype=given.dtype,
+        max_model_len=given.prompt + given.tokens + 64,
+        max_num_seqs=max(given.batch),
+        kv_cache_memory_bytes=kv_pool(given, gpu_memory.UNIT if card else gpu_memory.CPU_UNIT),
+        compilation_config={"cudagraph_capture_sizes": sorted(given.batch)},
+    )
+    if card:
+        arguments["gpu_memory_utilization"] = gpu_memory.utilization(needs(given)[name], card)
+    return arguments
+
+
+def start(given: argparse.Namespace, scratch: Path, names: Sequence[str]) -> dict[str, Engine]:
+    """These engines, running and warm.
+
+    On a GPU one starts after the other: while it starts, each measures the memory that is
+    free.
+    """
+    engines = {}
+    for name in tqdm(names, desc="Starting engines"):
+        layers = SHAPES[given.model]["num_hidden_layers"] // (2 if name == "fewer_layers" else 1)
+        folder = make_shape(scratch / str(layers), given.model, layers)
+        ours = {"untrained": True, "drop_layers": drop_layers(given), "k": max(given.k)}
+        settings = ours if name == "lora_drop" else None
+        engines[name] = Engine(str(folder), settings, engine_arguments(given, name))
+        if gpu_memory.card_bytes():
+            engines[name].wait()
+    if not gpu_memory.card_bytes():
+        for engine in engines.values():
+            engine.wait()
     return engines
 
 
@@ -73,7 +111,7 @@ def drop_layers(given: argparse.Namespace) -> list[int]:
 
 
 def measure(
-    engines: dict[str, Engine], given: argparse.Namespace, batch: int, k: int
+    engines: Mapping[str, Engine], given: argparse.Namespace, batch: int, k: int
 ) -> tuple[Times, dict[str, int]]:
     """Times of all variants, which take turns in each round; the first round warms up.
 
@@ -82,21 +120,61 @@ def measure(
     Raises:
         RuntimeError: the LoRA steps did not run as scheduled.
     """
-    rounds: Times = {name: [] for name in engines}
+    asked = {"lora_drop": k, "k0": 0}  # of stock nothing
+    names = [name for name, engine in VARIANTS.items() if engine in engines]
+    rounds: Times = {name: [] for name in names}
     held = {}
     for n in tqdm(range(given.rounds + 1), desc=f"batch {batch}, k {k}"):
-        names = list(engines)
-        for name in names[n % len(names) :] + names[: n % len(names)]:  # no variant is always last
-            own_k = k if name == "lora_drop" else None
-            found = engines[name].decode(batch, given.prompt, given.tokens, own_k)
-            # after the prompts' step, one step in k + 1 is full
-            wanted = (given.tokens - 1) - (given.tokens - 1) // (k + 1)
-            if name == "lora_drop" and abs(found["lora_steps"] - wanted) > 1:
-                raise RuntimeError(f"{found['lora_steps']} LoRA steps instead of {wanted}")
+        turn = n % len(names)
+        for name in names[turn:] + names[:turn]:  # no variant is always last
+            own_k = asked.get(name)
+            found = engines[VARIANTS[name]].decode(batch, given.prompt, given.tokens, own_k)
+            if own_k is not None:
+                # after the prompts' step, one step in k + 1 is full
+                wanted = (given.tokens - 1) - (given.tokens - 1) // (own_k + 1)
+                if abs(found["lora_steps"] - wanted) > (own_k > 0):
+                    raise RuntimeError(f"{found['lora_steps']} LoRA steps instead of {wanted}")
             held[name] = found["gpu_bytes"]
             if n:
                 rounds[name].append(found["times"])
     return rounds, held
+
+
+def run(given: argparse.Namespace, scratch: Path) -> None:
+    """Measure every k and batch, print, record.
+
+    Raises:
+        ValueError: an engine needs more than the card has.
+    """
+    together = True
+    if card := gpu_memory.card_bytes():
+        how = gpu_memory.plan(list(needs(given).values()), card, take_turns=True)
+        if how.startswith("refused"):
+            raise ValueError(f"--model {given.model} --batch {max(given.batch)}: {how}")
+        together = how == "together"
+    rounds: dict[tuple[int, int], Times] = defaultdict(dict)
+    held: dict[tuple[int, int], dict[str, int]] = defaultdict(dict)
+    for names in [ENGINES] if together else [[name] for name in ENGINES]:
+        engines = start(given, scratch, names)
+        for batch, k in itertools.product(given.batch, given.k):
+            times, used = measure(engines, given, batch, k)
+            rounds[batch, k] |= times
+            held[batch, k] |= used
+            if rounds[batch, k].keys() == VARIANTS.keys():
+                settings = {"batch": batch, "k": k, "together": together}
+                write(given, settings, rounds[batch, k], held[batch, k])
+        for engine in engines.values():
+            engine.close()
+
+
+def write(
+    given: argparse.Namespace, settings: dict[str, Any], rounds: Times, held: dict[str, int]
+) -> None:
+    """Print and record one measurement."""
+    layers = SHAPES[given.model]["num_hidden_layers"]
+    metrics = metrics_of(rounds, layers, drop_layers(given), settings["k"]) | {"gpu_bytes": held}
+    print(json.dumps(settings | metrics, indent=2))
+    record.write("decode_latency", vars(given) | settings, metrics)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -126,17 +204,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measures every k and batch, prints and records."""
     given = parse()
-    layers = SHAPES[given.model]["num_hidden_layers"]
     with tempfile.TemporaryDirectory() as scratch:
-        engines = start(given, Path(scratch))
-        for batch, k in itertools.product(given.batch, given.k):
-            rounds, held = measure(engines, given, batch, k)
-            metrics = metrics_of(rounds, layers, drop_layers(given), k) | {"gpu_bytes": held}
-            settings = {"batch": batch, "k": k}
-            print(json.dumps(settings | metrics, indent=2))
-            record.write("decode_latency", vars(given) | settings, metrics)
-        for engine in engines.values():
-            engine.close()
+        try:
+            run(given, Path(scratch))
+        except ValueError as error:  # what cannot be run
+            raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

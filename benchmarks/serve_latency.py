@@ -29,7 +29,15 @@ from support import peers, plots, record, tables, vllm_bench
 from support.engines import SHAPES
 from support.serve_blocks import kv_metrics, measure, random_prompts
 from support.serve_figures import figures
-from support.servers import DEMO, Subject, fewer_layers_flags, lora_drop_flags, open_subject, server
+from support.servers import (
+    DEMO,
+    Subject,
+    check_memory,
+    fewer_layers_flags,
+    lora_drop_flags,
+    open_subject,
+    server,
+)
 from support.stream_client import RunFailedError
 from support.variants import Variant, started
 
@@ -198,6 +206,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
             subject.resolved(served)  # what cannot be served is refused before anything starts
         if given.url:
             return run_rho(subject, given, settings[0], at_urls(given))
+        check_memory(subject, given)
         base = {
             "stock": server(subject, given),
             "fewer_layers": server(subject, given, *fewer_layers_flags(subject)),

@@ -91,6 +91,14 @@ def run_launch(layers: int, rows: int, d: int, r: int, itemsize: int) -> Chain |
     return split_launch(rows, d, r, itemsize)
 
 
+def row_classes(layers: int, max_rows: int, d: int, r: int, itemsize: int) -> list[int]:
+    """The least number of rows of each launch that a run of up to `max_rows` rows is given."""
+    first: dict[Chain | Launch, int] = {}
+    for rows in range(1, max_rows + 1):
+        first.setdefault(run_launch(layers, rows, d, r, itemsize), rows)
+    return list(first.values())
+
+
 def chain_launch(d: int, r: int, itemsize: int) -> Chain:
     """The launch that computes a whole run at once."""
     return Chain(min(power_of_2(r), max(1, CHAIN_BYTES // itemsize // power_of_2(d))), 16)

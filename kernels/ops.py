@@ -104,13 +104,13 @@ OPERATORS = {
         _like_x,
     ),
     "save_stream": Operator(
-        "(Tensor hidden, Tensor residual, Tensor(a!) states, int site, Tensor slots) -> ()",
+        "(Tensor x, Tensor(a!) states, int site, Tensor slots) -> ()",
         "save_stream",
         _as_it_is,
         _nothing,
     ),
     "save_changes": Operator(
-        "(Tensor hidden, Tensor residual, Tensor(a!) states, Tensor gates, Tensor slots) -> ()",
+        "(Tensor x, Tensor(a!) states, Tensor gates, Tensor slots) -> ()",
         "save_changes",
         _as_it_is,
         _nothing,

@@ -83,33 +83,31 @@ def drop_run(x: Tensor, states: Tensor | None, slots: Tensor, update: Update) ->
     return result
 
 
-def save_stream(hidden: Tensor, residual: Tensor, states: Tensor, site: int, slots: Tensor) -> None:
-    """Saves x_a = hidden + residual of the rows that own a slot to states[site, slot].
+def save_stream(x: Tensor, states: Tensor, site: int, slots: Tensor) -> None:
+    """Saves x_a of the rows that own a slot to states[site, slot].
 
     Taken at the end of a site, x_a is its c_i (`previous`, `anchor`); taken at the start, it is
     what `save_changes` needs.
 
     Args:
-        hidden, residual: [T, d]
-        states:           [L, S, d]  of consecutive sites
-        slots:            [T]
+        x:      [T, d]     the stream
+        states: [L, S, d]  of consecutive sites
+        slots:  [T]
     """
-    owners, x = _last(hidden, residual, slots)
+    owners, x = _last(x, slots)
     states[site].index_copy_(0, owners, x)
 
 
-def save_changes(
-    hidden: Tensor, residual: Tensor, states: Tensor, gates: Tensor, slots: Tensor
-) -> None:
+def save_changes(x: Tensor, states: Tensor, gates: Tensor, slots: Tensor) -> None:
     """Computes c_i = g_i * (x_a^i - x_a^{i-1}) of L sites in a row after a full step (`update`).
 
     Args:
-        hidden, residual: [T, d]     their sum leaves the last site
-        states:           [L, S, d]  x_a^{i-1} of each site (`save_stream`); c_i replaces it
-        gates:            [L, d]
-        slots:            [T]
+        x:      [T, d]     the stream that leaves the last site
+        states: [L, S, d]  x_a^{i-1} of each site (`save_stream`); c_i replaces it
+        gates:  [L, d]
+        slots:  [T]
     """
-    owners, x = _last(hidden, residual, slots)
+    owners, x = _last(x, slots)
     before = states.index_select(1, owners)  # [L, M, d]
     after = torch.cat([before[1:], x[None]])
     change = gated_change(before, after, gates[:, None])
@@ -152,11 +150,10 @@ def gated_change(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
     return after.float().sub(before).mul_(gate)
 
 
-def _last(hidden: Tensor, residual: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots of the M rows that own one, [M], and their stream hidden + residual, [M, d]."""
-    rows = slots[: len(hidden)].ge(0).nonzero().squeeze(1)
-    x = hidden.index_select(0, rows).add_(residual.index_select(0, rows))
-    return slots.index_select(0, rows), x
+def _last(x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots of the M rows that own one, [M], and their stream, [M, d]."""
+    rows = slots[: len(x)].ge(0).nonzero().squeeze(1)
+    return slots.index_select(0, rows), x.index_select(0, rows)
 
 
 def _scatter(state: Tensor, slots: Tensor, rows: Tensor) -> None:

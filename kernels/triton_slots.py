@@ -9,7 +9,13 @@ from torch import Tensor
 from lora_drop_vllm.kernels.heuristics import SLOTS_BLOCK
 
 
-@triton.jit(do_not_specialize=["num_reqs", "num_slots"])
+# one launch compiles it for all: nothing depends on sizes, strides or alignment
+@triton.jit(
+    do_not_specialize=[
+        *("starts_ptr", "cache_lens_ptr", "table_ptr", "slots_ptr", "seq_lens_ptr"),
+        *("num_reqs", "num_slots", "table_stride", "block_size"),
+    ]
+)
 def _compact_slots_kernel(
     starts_ptr,
     cache_lens_ptr,

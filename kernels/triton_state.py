@@ -10,21 +10,11 @@ from lora_drop_vllm.kernels.heuristics import STATE_BLOCK, power_of_2
 
 
 @triton.jit
-def stream(hidden_ptr, residual_ptr, hidden_stride, residual_stride, row, cols, mask):
-    """The sum hidden + residual of a row in fp32; the caller rounds it to the model's dtype."""
-    hidden = tl.load(hidden_ptr + row * hidden_stride + cols, mask=mask, other=0.0)
-    residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
-    return hidden.to(tl.float32) + residual.to(tl.float32)
-
-
-@triton.jit
 def _save_stream_kernel(
-    hidden_ptr,
-    residual_ptr,
+    x_ptr,
     state_ptr,
     slots_ptr,
-    hidden_stride,
-    residual_stride,
+    x_stride,
     state_stride,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -36,21 +26,18 @@ def _save_stream_kernel(
         return
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < D
-    x = stream(hidden_ptr, residual_ptr, hidden_stride, residual_stride, row, cols, mask)
-    at = state_ptr + slot * state_stride + cols
-    tl.store(at, x.to(state_ptr.dtype.element_ty), mask=mask)
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
+    tl.store(state_ptr + slot * state_stride + cols, x, mask=mask)
 
 
 @triton.jit
 def _save_changes_kernel(
-    hidden_ptr,
-    residual_ptr,
+    x_ptr,
     states_ptr,
     gates_ptr,
     slots_ptr,
     sites,
-    hidden_stride,
-    residual_stride,
+    x_stride,
     site_stride,
     state_stride,
     D: tl.constexpr,
@@ -63,7 +50,7 @@ def _save_changes_kernel(
         return
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < D
-    last = stream(hidden_ptr, residual_ptr, hidden_stride, residual_stride, row, cols, mask)
+    last = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     dtype = states_ptr.dtype.element_ty
     at = states_ptr + slot * state_stride + cols
     gate_at = gates_ptr + cols
@@ -76,55 +63,47 @@ def _save_changes_kernel(
         at += site_stride
         gate_at += D
     gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(at, (gate * (last.to(dtype).to(tl.float32) - before)).to(dtype), mask=mask)
+    tl.store(at, (gate * (last - before)).to(dtype), mask=mask)
 
 
-def save_stream_triton(
-    hidden: Tensor, residual: Tensor, states: Tensor, site: int, slots: Tensor
-) -> None:
+def save_stream_triton(x: Tensor, states: Tensor, site: int, slots: Tensor) -> None:
     """Runs `reference.save_stream` in one launch.
 
-    hidden, residual: [T, d]; states: [L, S, d]; slots: [T]; contiguous in their last dimension.
+    x: [T, d]; states: [L, S, d]; slots: [T]; contiguous in their last dimension.
     """
-    rows, d = hidden.shape
+    rows, d = x.shape
     if rows == 0:
         return
     block = min(power_of_2(d), STATE_BLOCK)
     _save_stream_kernel[(rows, triton.cdiv(d, block))](
-        hidden,
-        residual,
+        x,
         states[site],
         slots,
-        hidden.stride(0),
-        residual.stride(0),
+        x.stride(0),
         states.stride(1),
         D=d,
         BLOCK_D=block,
     )
 
 
-def save_changes_triton(
-    hidden: Tensor, residual: Tensor, states: Tensor, gates: Tensor, slots: Tensor
-) -> None:
+def save_changes_triton(x: Tensor, states: Tensor, gates: Tensor, slots: Tensor) -> None:
     """Runs `reference.save_changes` in one launch.
 
-    hidden, residual: [T, d]; states: [L, S, d]; gates: [L, d]; slots: [T]. The gates are
-    contiguous, the others in their last dimension.
+    x: [T, d]; states: [L, S, d]; gates: [L, d]; slots: [T]. The gates are contiguous, the others in
+    their last dimension.
     """
-    rows, d = hidden.shape
+    rows, d = x.shape
     if rows == 0:
         return
     assert gates.is_contiguous()
     block = min(power_of_2(d), STATE_BLOCK)
     _save_changes_kernel[(rows, triton.cdiv(d, block))](
-        hidden,
-        residual,
+        x,
         states,
         gates,
         slots,
         len(states),
-        hidden.stride(0),
-        residual.stride(0),
+        x.stride(0),
         states.stride(0),
         states.stride(1),
         D=d,

@@ -13,6 +13,7 @@ from lora_drop_vllm.cli.gguf_model import real_model
 from lora_drop_vllm.config import LoRADropConfig, resolve
 from lora_drop_vllm.method.adapter import BaseModel
 from lora_drop_vllm.server_process import Server
+from support import gpu_memory
 from support.engines import SHAPES, make_shape
 
 DEMO = "demo"  # --model: the quick start's model with its adapter
@@ -108,19 +109,52 @@ def lora_drop_flags(settings: dict[str, Any]) -> list[str]:
     return ["--model-impl", "lora_drop", "--additional-config", value]
 
 
+def longest(given: argparse.Namespace) -> int:
+    """Tokens of the longest request."""
+    return int(max(given.context) + max(given.tokens, given.kv_tokens) + 64)
+
+
+def num_size(given: argparse.Namespace) -> int:
+    """Bytes of a number."""
+    return 4 if given.dtype == "float32" else 2
+
+
+def kv_pool(config: dict[str, Any], given: argparse.Namespace) -> int:
+    """Bytes of every server's KV pool, for the longest and largest burst."""
+    per_token = config["num_hidden_layers"] * gpu_memory.layer_token_bytes(config, num_size(given))
+    return max((longest(given) + KV_SLACK) * max(given.concurrency) * per_token, 1 << 28)
+
+
+def needs(config: dict[str, Any], given: argparse.Namespace) -> dict[str, int]:
+    """GPU memory of each server in bytes: the model, and half of its layers for the ideal."""
+    size, pool = num_size(given), kv_pool(config, given)
+    half = config | {"num_hidden_layers": config["num_hidden_layers"] // 2}
+    whole = gpu_memory.engine_bytes(config, size, pool)
+    few = gpu_memory.engine_bytes(half, size, pool)
+    return {"stock": whole, "lora_drop": whole, "fewer_layers": few}
+
+
+def check_memory(subject: Subject, given: argparse.Namespace) -> None:
+    """Refuse servers that the GPU cannot hold beside each other.
+
+    Raises:
+        ValueError: with what they need.
+    """
+    card = gpu_memory.card_bytes()
+    how = card and gpu_memory.plan(list(needs(subject.config, given).values()), card, False)
+    if how and how != "together":
+        raise ValueError(f"--model {subject.name}: three servers at once are {how}")
+
+
 def engine_flags(subject: Subject, given: argparse.Namespace) -> list[str]:
     """Arguments of vLLM that every variant has, sized for the longest and largest burst."""
-    raw = subject.config
-    heads = raw["num_attention_heads"]
-    width = raw.get("head_dim") or raw["hidden_size"] // heads
-    size = 4 if given.dtype == "float32" else 2  # bytes of a number
-    kv_heads = raw.get("num_key_value_heads") or heads
-    per_token = 2 * size * raw["num_hidden_layers"] * kv_heads * width
-    length = max(given.context) + max(given.tokens, given.kv_tokens) + 64
-    pool = max((length + KV_SLACK) * max(given.concurrency) * per_token, 1 << 28)
+    raw, length = subject.config, longest(given)
     flags = ["--max-model-len", str(length), "--max-num-seqs", str(max(given.concurrency))]
     flags += ["--dtype", given.dtype]
-    flags += ["--kv-cache-memory-bytes", str(pool), "--no-enable-prefix-caching"]
+    flags += ["--kv-cache-memory-bytes", str(kv_pool(raw, given)), "--no-enable-prefix-caching"]
+    if card := gpu_memory.card_bytes():
+        share = gpu_memory.utilization(needs(raw, given)["stock"], card)
+        flags += ["--gpu-memory-utilization", str(share)]
     if given.compile:
         sizes = json.dumps({"cudagraph_capture_sizes": sorted(given.concurrency)})
         flags += ["--no-enforce-eager", "--compilation-config", sizes]

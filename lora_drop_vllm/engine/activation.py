@@ -1,8 +1,8 @@
 """`--model-impl lora_drop`: checks that it can be served and points vLLM at our classes.
 
 Patches `VllmConfig.try_verify_and_update_config`. Reason: vLLM's per-model hook
-(`MODELS_CONFIG_MAP`) is keyed by architecture, so an architecture without an entry would be
-served by the stock model without a word. Removal condition: vLLM lets a plugin register a
+(`MODELS_CONFIG_MAP`) is keyed by architecture, so the stock model would silently serve an
+architecture without an entry. Removal condition: vLLM lets a plugin register a
 `model_impl`.
 """
 
@@ -36,7 +36,7 @@ WORKERS = {
 
 
 def install() -> None:
-    """Act on `model_impl` in every `VllmConfig` of this process; calling it twice is harmless."""
+    """Acts on `model_impl` in every `VllmConfig` of this process; a second call changes nothing."""
     from vllm.config import VllmConfig
 
     original = VllmConfig.try_verify_and_update_config
@@ -56,7 +56,7 @@ def install() -> None:
 
 
 def activate(vllm_config: VllmConfig) -> None:
-    """Resolve the settings of a model served with `--model-impl lora_drop` and set the classes.
+    """Resolves the settings of a model served with `--model-impl lora_drop`, and sets our classes.
 
     Raises:
         LoRADropConfigError: settings, model or engine features that cannot be served.
@@ -91,7 +91,7 @@ def active_config(vllm_config: VllmConfig) -> LoRADropConfig:
 
 
 def startup_line(model: str, config: LoRADropConfig) -> str:
-    """One line that says what is served."""
+    """The log line that says what is served."""
     from lora_drop_vllm.method.cost import ideal_speed, kv_saving
 
     if not config.active:

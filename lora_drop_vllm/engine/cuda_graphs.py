@@ -1,8 +1,9 @@
 """CUDA graphs for both kinds of step, through Model Runner V2's own graph manager.
 
-vLLM keeps one graph per batch shape and number of active LoRA adapters. `--enable-lora` is refused
-here, so that number carries the kind of the step instead: it is part of every graph's key, of what
-dispatch looks up, and of the piecewise graphs' keys, so a graph of the other kind cannot be found.
+vLLM keeps one graph per batch shape and number of active LoRA adapters. LoRA-Drop refuses
+`--enable-lora`, so that number carries the step's kind instead. It is part of every graph's key, of
+what dispatch looks up, and of the piecewise graphs' keys, so no step finds a graph of the other
+kind.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lora_drop_vllm.method.state import StepState
 
 logger = init_logger("vllm.lora_drop")
 
-KINDS = (StepKind.FULL, StepKind.LORA)  # by what vLLM calls the number of active LoRAs
+KINDS = (StepKind.FULL, StepKind.LORA)  # by vLLM's number of active LoRAs
 LORA = KINDS.index(StepKind.LORA)
 
 
@@ -27,7 +28,7 @@ class StepGraphManager(ModelCudaGraphManager):
     """vLLM's manager with a second set of graphs, in the same memory pool, for LoRA steps.
 
     Args:
-        step: the worker's step state, which knows the kind of the step at hand
+        step: the worker's step state, which knows the current step's kind
         args, kwargs: of vLLM's manager
     """
 
@@ -38,7 +39,7 @@ class StepGraphManager(ModelCudaGraphManager):
 
     def _init_candidates(self) -> None:
         super()._init_candidates()
-        # a LoRA step has one token per request: it needs only the first graph that fits each size
+        # a LoRA step has one token per request, so each size needs only the first graph that fits
         reachable = {
             candidates[0]
             for (num_tokens, kind), candidates in self._candidates.items()
@@ -51,7 +52,7 @@ class StepGraphManager(ModelCudaGraphManager):
             self._capture_descs[mode] = sorted(needed, key=lambda d: d.num_active_loras)
 
     def capture(self, *args: Any, **kwargs: Any) -> None:
-        """Capture the graphs of both kinds and report the memory of each set."""
+        """Captures the graphs of both kinds and reports the memory of each set."""
         free = torch.accelerator.get_memory_info()[0]
 
         def account() -> None:
@@ -83,21 +84,21 @@ class StepGraphManager(ModelCudaGraphManager):
         *args: Any,
         **kwargs: Any,
     ) -> BatchExecutionDescriptor:
-        """vLLM's choice of a graph, among those of the kind of the step at hand."""
+        """vLLM's choice among the graphs of the current step's kind."""
         kind = KINDS.index(self.step.kind)
         return super().dispatch(num_reqs, num_tokens, uniform_token_count, kind, *args, **kwargs)
 
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> Any:
-        """Replay; the step counts as run by the kind that was captured."""
+        """Replays a graph and counts the step as the kind that was captured."""
         self.step.ran(KINDS[desc.num_active_loras])
         return super().run_fullgraph(desc)
 
 
 class StepGraphRunner(GPUModelRunner):
-    """Model Runner V2 with our graph manager; all else is vLLM's."""
+    """Model Runner V2 with our graph manager."""
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        """vLLM's, which ends with a manager of the mode it has settled on."""
+        """Initializes as vLLM does, then replaces its manager by ours in the mode that it chose."""
         super().initialize_kv_cache(*args, **kwargs)
         assert self.cudagraph_manager is not None
         self.cudagraph_manager = StepGraphManager(

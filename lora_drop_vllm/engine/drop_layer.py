@@ -1,7 +1,7 @@
 """The drop layer: vLLM's own decoder layer in a full step, the low-rank update in a LoRA step.
 
 The paper's x is the sum of the `(hidden_states, residual)` that vLLM's layers pass on; it is taken
-here and nowhere else.
+here and nowhere else: in full steps from the norm that adds them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from vllm.utils.torch_utils import _encode_layer_name
 
 from lora_drop_vllm.config import LoRADropConfig
 from lora_drop_vllm.kernels import ops
+from lora_drop_vllm.kernels.heuristics import row_classes
 from lora_drop_vllm.method.reuse import REUSE, SITES, Reuse
 
 
 class KeptStates(nn.Module):
-    """The states c_i of L consecutive sites, as full steps fill them.
+    """The states c_i of L consecutive sites, which full steps fill.
 
     Buffers (not in the state dict: dummy weights must not overwrite them):
         states: [L, max_requests, d]  c_i by request slot, a view of the worker's buffer
@@ -37,22 +38,21 @@ class KeptStates(nn.Module):
         self.register_buffer("slots", slots, persistent=False)
         self.register_buffer("gates", None if gates is None else gates.to(states), persistent=False)
 
-    def enter(self, hidden: Tensor, residual: Tensor, site: int) -> None:
-        """The stream in front of a site."""
-        if self.rule.difference:
-            ops.save_stream(hidden, residual, self.states, site, self.slots)
+    def take(self, x: Tensor, place: int) -> None:
+        """Keeps the stream behind site `place` - 1 and in front of site `place`, [T, d].
 
-    def leave(self, hidden: Tensor, residual: Tensor, site: int) -> None:
-        """The stream behind a site; of differences, all are taken behind the last."""
-        if not self.rule.difference:
-            if self.rule.keeps_state:
-                ops.save_stream(hidden, residual, self.states, site, self.slots)
-        elif site == len(self.states) - 1:
-            ops.save_changes(hidden, residual, self.states, self.gates, self.slots)
+        Differences are taken behind the last site, for all sites at once.
+        """
+        if self.rule.difference and place < len(self.states):
+            ops.save_stream(x, self.states, place, self.slots)
+        elif self.rule.difference:
+            ops.save_changes(x, self.states, self.gates, self.slots)
+        elif self.rule.keeps_state and place > 0:
+            ops.save_stream(x, self.states, place - 1, self.slots)
 
 
 class DropRun(nn.Module):
-    """The update of consecutive sites in a LoRA step, L sites in one call.
+    """The update of L consecutive sites in a LoRA step, in one call.
 
     Buffers:
         A, B: [L, r, d], [L, d, r]
@@ -73,12 +73,18 @@ class DropRun(nn.Module):
     def update(self, x: Tensor, after: Tensor | None) -> Tensor:
         """beta * x + c_i + scale * B A x, site after site, for one row per request, [T, d].
 
-        `after` is a token of what a compiled graph must have done before (the KV write).
+        A compiled graph runs first what returned `after` (the KV write).
         """
         rule = self.rule
         run = ops.drop_run_back if rule.writes_back else ops.drop_run
         states = self.states if rule.keeps_state else None
         return run(x, states, self.slots, self.A, self.B, self.scale, rule.beta, after)
+
+    def warm_up(self) -> None:
+        """Compiles the kernels for every number of rows; outside a step it touches no state."""
+        layers, r, d = self.A.shape
+        for rows in row_classes(layers, len(self.slots), d, r, self.A.element_size()):
+            self.update(self.A.new_zeros(rows, d), None)
 
 
 class KVProjection(nn.Module):
@@ -100,36 +106,27 @@ class KVProjection(nn.Module):
 
 
 class DropLayer(nn.Module):
-    """Mixed into vLLM's decoder layer by `make_drop_layers`; knows both kinds of step.
+    """A decoder layer of vLLM with a LoRA step; `make_drop_layers` exchanges the class.
+
+    A full step is vLLM's own; the norms around the layer's sites hand on the stream (`_watch`).
 
     Attributes:
-        kept: the states of the layer's sites, and of the sites around them
-        sites: the layer's own places among them
-        run: the update of the sites from this layer on; None where an earlier layer's covers it
+        kept: the states of the run of layers that this one is in
+        run: the update of the sites from this layer on; None where an earlier layer's covers them
         kv_proj: under `kv: write`, what LoRA steps still compute of the layer
     """
 
     kept: KeptStates
-    sites: range
     run: DropRun | None
     kv_proj: KVProjection | None
-
-    def forward(
-        self, positions: Tensor, hidden_states: Tensor, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Full step: f^i, and the states filled at each request's last token."""
-        self.kept.enter(hidden_states, residual, self.sites[0])
-        hidden_states, residual = super().forward(positions, hidden_states, residual)
-        self.kept.leave(hidden_states, residual, self.sites[-1])
-        return hidden_states, residual
 
     def lora_step(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """LoRA step: no attention, no MLP.
+        """The layer in a LoRA step: no attention, no MLP.
 
-        The first layer of a run returns the stream behind its last one as one tensor, [T, d] and
-        None; the others hand on what they are given.
+        The first layer of a run returns the stream behind the run's last layer, [T, d], and None;
+        the others return what they are given.
         """
         if self.run is None:
             return hidden_states, residual
@@ -138,15 +135,17 @@ class DropLayer(nn.Module):
         return self.run.update(x, written), None
 
     def _write_kv(self, positions: Tensor, x: Tensor) -> Tensor:
-        """Write K and V of this step; returns the engine's token that orders the write."""
+        """Writes K and V of this step; returns what orders the write in a compiled graph."""
         attention = self.self_attn
         kv = self.kv_proj(self.input_layernorm(x))
         key, value = kv.split([attention.kv_size, attention.kv_size], dim=-1)
-        # to the rotary op the keys are its queries: it turns whatever heads it is given
+        # the keys are passed as queries: the rotary op turns whatever heads it is given
         key, _ = attention.rotary_emb(positions, key.contiguous())
         heads = (-1, attention.num_kv_heads, attention.head_dim)
+        # the name is wrapped here, inside the traced forward, as vLLM's attention does it
+        name = _encode_layer_name(attention.attn.layer_name)
         return torch.ops.vllm.unified_kv_cache_update(
-            key.view(heads), value.contiguous().view(heads), self.kv_layer_name
+            key.view(heads), value.contiguous().view(heads), name
         )
 
 
@@ -171,7 +170,7 @@ def make_drop_layers(
     states: Tensor,
     slots: Tensor,
 ) -> None:
-    """Turn the layers D of the built model into drop layers, in place.
+    """Turns the layers D of the built model into drop layers, in place.
 
     Args:
         layers: all decoder layers of vLLM's model
@@ -191,9 +190,13 @@ def make_drop_layers(
         own_states = states[sites.start : sites.stop]
         gates = torch.stack([filled[n].gate for n in sites]) if rule.difference else None
         kept = KeptStates(rule, own_states, slots, gates)
-        for n, place in enumerate(run):
-            _drop(layers[config.drop_layers[place]], kept, n, config)
-        # under `kv: write` a layer's own input is needed for its K and V: no run goes through
+        dropped = [layers[config.drop_layers[place]] for place in run]
+        for layer in dropped:
+            _drop(layer, kept, config)
+        behind = layers[config.drop_layers[run.stop - 1] + 1]  # the last layer never drops
+        for place, norm in enumerate([*_norms(dropped, per_layer), behind.input_layernorm]):
+            _watch(norm, kept, place)
+        # under `kv: write` every layer needs its own input for K and V: one update per layer
         step = len(sites) if config.kv_skips else per_layer
         for start in range(0, len(sites), step):
             updated = sites[start : start + step]
@@ -202,21 +205,35 @@ def make_drop_layers(
             layer.run = DropRun(config, A, B, states[updated.start : updated.stop], slots)
 
 
-def _drop(layer: Any, kept: KeptStates, n: int, config: LoRADropConfig) -> None:
-    """Turn one layer, the n-th of its run, into a drop layer."""
-    names = SITES[config.injection]
+def _drop(layer: Any, kept: KeptStates, config: LoRADropConfig) -> None:
+    """Turns one layer into a drop layer."""
     layer.__class__ = _DROP_CLASSES[type(layer)]
-    layer.kept, layer.sites = kept, range(n * len(names), (n + 1) * len(names))
-    layer.run, layer.kv_proj = None, None
-    if len(names) == 2:
-        hook = _between_sites(kept, *layer.sites)
-        layer.post_attention_layernorm.register_forward_pre_hook(hook)
+    layer.kept, layer.run, layer.kv_proj = kept, None, None
     if not config.kv_skips:
         _write_kv_in_lora_steps(layer)
 
 
+def _norms(layers: Sequence[Any], per_layer: int) -> list[Any]:
+    """The norm in front of each site of these layers."""
+    names = ("input_layernorm", "post_attention_layernorm")[:per_layer]
+    return [getattr(layer, name) for layer in layers for name in names]
+
+
+def _watch(norm: Any, kept: KeptStates, place: int) -> None:
+    """Keeps the stream that a norm returns: it adds the residual and returns the sum, too.
+
+    The norm's input stays unread, because vLLM fuses an all-reduce only with its sole reader.
+    """
+
+    def take(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        if len(args) == 2:  # in a LoRA step a norm here is given no residual
+            kept.take(output[1], place)
+
+    norm.register_forward_hook(take)
+
+
 def _runs(drop_layers: Sequence[int]) -> list[range]:
-    """Places in `drop_layers`, those of neighbouring layers together."""
+    """Places in `drop_layers`, with neighbouring layers together."""
     runs: list[range] = []
     for place, index in enumerate(drop_layers):
         if place and drop_layers[place - 1] == index - 1:
@@ -234,15 +251,3 @@ def _write_kv_in_lora_steps(layer: Any) -> None:
             "write K and V alone; use another --attention-backend or lora_drop.kv='skip'."
         )
     layer.kv_proj = KVProjection(attention.qkv_proj, attention.q_size)
-    layer.kv_layer_name = _encode_layer_name(attention.attn.layer_name)
-
-
-def _between_sites(kept: KeptStates, attn: int, mlp: int) -> Any:
-    """Hook before the norm behind attention: where one site ends and the next begins."""
-
-    def save(module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
-        if len(args) == 2:
-            kept.leave(*args, attn)
-            kept.enter(*args, mlp)
-
-    return save

@@ -1,8 +1,8 @@
-"""A server whose engine died exits with an error, so that a supervisor starts it again.
+"""The exit status of a server whose engine died: an error, so that a supervisor restarts it.
 
 Patches `build_and_serve` of vLLM's API server, in the process of `vllm serve --model-impl
-lora_drop`. Reason: with one API server vLLM ends with status 0 then, as if it had been told to
-stop. Removal condition: vLLM ends with another status.
+lora_drop`. Reason: with one API server, vLLM then ends with status 0, as after a requested stop.
+Removal condition: vLLM ends with another status.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ ENTRY = "vllm.entrypoints.launchers.api_server.entry"
 
 
 def install() -> None:
-    """Raise where this process's server ends because of its engine; harmless when called twice."""
+    """Makes a server raise whose engine died; a second call changes nothing."""
     entry = sys.modules.get(ENTRY)
     if entry is None or getattr(entry.build_and_serve, "lora_drop", False):
-        return  # the former: this process serves nobody
+        return  # without an entry, this process is no server
     original = entry.build_and_serve
 
     @wraps(original)
@@ -26,7 +26,7 @@ def install() -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         ending = await original(engine_client, *args, **kwargs)
-        # one that was told to stop ends by the HTTP server's `shutdown`, after its engine
+        # after a requested stop, what is left to do is the HTTP server's `shutdown`
         if ending.__name__ != "shutdown" and engine_client.errored:
             ending.close()
             raise EngineDeadError()

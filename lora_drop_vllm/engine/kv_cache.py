@@ -1,8 +1,8 @@
 """KV cache of a model whose drop layers skip slots: two specs and their managers.
 
-Both kinds of layer get a spec of their own that refuses to merge with the other: vLLM groups by
-`isinstance`, and a subclass of its full-attention spec would silently be put into one group under
-the stock manager.
+Each kind of layer has a spec that refuses to merge with the other's. vLLM groups specs by
+`isinstance`, so it would silently put two subclasses of its full-attention spec into one group
+under the stock manager.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _OwnGroup(FullAttentionSpec):
-    """A full-attention spec that only ever shares a group with its own class."""
+    """A full-attention spec that shares a group with its own class only."""
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -35,10 +35,10 @@ class _OwnGroup(FullAttentionSpec):
 
 
 class PromptSharingManager(FullAttentionManager):
-    """Shares with other requests what was computed as a prompt, and nothing else.
+    """A manager that shares what was computed as a prompt with other requests, and nothing else.
 
-    A generated token's keys and values come after holes and updates: of the drop layers they are
-    not at their positions, of the others they are not what a prompt would compute.
+    A generated token's K and V come after holes and low-rank updates. In the drop layers they are
+    not at their positions; in the others they differ from what a prompt would compute.
     """
 
     tracker: PhaseTracker  # set by the scheduler before the first request
@@ -48,7 +48,7 @@ class PromptSharingManager(FullAttentionManager):
         self.written_this_step: set[int] = set()  # blocks with prompt tokens of the step at hand
 
     def new_step_starts(self) -> None:
-        """Forget the blocks of the last step."""
+        """Forgets the blocks of the last step."""
         super().new_step_starts()
         self.written_this_step.clear()
 
@@ -62,10 +62,10 @@ class PromptSharingManager(FullAttentionManager):
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        """Blocks still missing for the request; too many for any pool while it has to wait.
+        """The blocks that the request still needs, or more than the pool has, to make it wait.
 
-        A hit that ends inside a block copies that block before the step runs, so it has to wait
-        for the step in which another request still writes the block.
+        A prefix hit that ends inside a block copies the block before the step runs. While another
+        request of the same step still writes that block, the hit must wait.
         """
         if (
             self._has_partial_local_hit(new_computed_blocks, num_local_computed_tokens)
@@ -90,7 +90,7 @@ class PromptSharingManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Share the blocks of prompt positions."""
+        """Shares the blocks of prompt positions."""
         end = min(num_tokens, self.tracker.prompt_end(request.request_id, request.num_tokens))
         if request.num_computed_tokens < end:
             first = self.num_cached_block.get(request.request_id, 0)
@@ -102,23 +102,23 @@ class PromptSharingManager(FullAttentionManager):
 class DropLayerManager(PromptSharingManager):
     """Blocks of the drop layers under `kv: skip`: one slot per token of a full step.
 
-    The engine counts tokens; this manager takes off the request's holes, the tokens of its LoRA
-    steps. When blocks are handed out, the step's kind is not decided yet, so the slot that the
-    request would need in a full step is always reserved: at most one slot ahead, and counted as
-    written only when it is.
+    The engine counts tokens; this manager subtracts the request's holes, the tokens of its LoRA
+    steps. Blocks are handed out before the step's kind is decided. The slot that the request would
+    need in a full step is therefore always reserved: at most one slot ahead, and counted as written
+    only once it is.
     """
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
-        """Blocks still missing for the request's compacted list."""
+        """The number of blocks that the request's compacted list still needs."""
         compacted = num_tokens - self.tracker.holes(request_id)
         return super().get_num_blocks_to_allocate(request_id, compacted, *args, **kwargs)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        """Allocate what the compacted list of `num_tokens` tokens needs."""
+        """Allocates what the compacted list of `num_tokens` tokens needs."""
         holes = self.tracker.holes(request_id)
         return super().allocate_new_blocks(
             request_id, num_tokens - holes, num_tokens_main_model - holes
@@ -138,11 +138,10 @@ class DropLayerSpec(_OwnGroup):
 
 
 def allow_partial_prefix_hits(coordinator: Any) -> None:
-    """Let a prefix-cache hit end inside a block (the engine then copies that block).
+    """Allows a prefix-cache hit to end inside a block, which the engine then copies.
 
-    The two groups' block sizes have a large least common multiple, often more than a prompt, and
-    whole blocks of both groups only end together there. vLLM has partial hits but switches them on
-    for hybrid Mamba models alone.
+    Whole blocks of both groups end together only at the least common multiple of their sizes, often
+    beyond the prompt. vLLM has partial hits but uses them for hybrid Mamba models alone.
 
     Raises:
         RuntimeError: vLLM no longer has the attributes that switch them on.

@@ -1,14 +1,9 @@
-"""LoRA-Drop's counters at `/metrics`, from the scheduler's process to the server's.
+"""LoRA-Drop's counters, on their way from the scheduler's process to the server's `/metrics`.
 
-They ride in `SchedulerStats.waiting_lora_adapters`, a dict of integers that vLLM only reads with
+They travel in `SchedulerStats.waiting_lora_adapters`, a dict of integers that vLLM reads only with
 `--enable-lora`, which LoRA-Drop refuses. vLLM gives each step's stats to one of its API servers
-(`--api-server-count`), and Prometheus adds up what the servers counted; so what rides along is what
-was added since the last report, not the totals.
-
-Patches `StatLoggerManager.__init__` to add our logger, and only in engines served with
-`--model-impl lora_drop`. Reason: the entry point `vllm.stat_logger_plugins` would switch
-statistics on in every vLLM of the environment, also where LoRA-Drop is not used. Removal
-condition: vLLM lets an engine's config name stat loggers.
+(`--api-server-count`), and Prometheus adds up what the servers counted. A report therefore holds
+the growth since the last report, not the totals.
 """
 
 from __future__ import annotations
@@ -26,15 +21,15 @@ BLOCKS = "kv_blocks"
 COUNTERS = {
     "full_steps": "Engine steps in which every layer ran.",
     "lora_steps": "Engine steps in which the drop layers ran the low-rank update instead.",
-    "kv_slots_written": "KV slots written by a drop layer (the same for each of them).",
-    "kv_slots_skipped": "KV slots a drop layer did not write, which the stock model would have.",
+    "kv_slots_written": "KV slots that each drop layer wrote.",
+    "kv_slots_skipped": "KV slots that each drop layer left out and the stock model would write.",
 }
 
 
 def attach(
     stats: SchedulerStats, totals: StepTotals, reported: StepTotals, num_blocks: int
 ) -> None:
-    """Put what the totals grew by since those reported aboard the scheduler's stats."""
+    """Adds the growth of the totals since the last report to the scheduler's stats."""
     before = asdict(reported)
     values = {name: value - before[name] for name, value in asdict(totals).items()}
     values[BLOCKS] = num_blocks
@@ -42,7 +37,7 @@ def attach(
 
 
 def read(stats: SchedulerStats) -> dict[str, int]:
-    """What is aboard, by name without prefix; empty when there is nothing."""
+    """The report in the stats, by name without prefix; empty where there is none."""
     return {
         key.removeprefix(_PREFIX): value
         for key, value in stats.waiting_lora_adapters.items()

@@ -1,4 +1,4 @@
-"""Llama and Qwen2 with drop layers: vLLM's models, and a second callable for LoRA steps."""
+"""Llama and Qwen2 with drop layers: vLLM's models and a second callable for LoRA steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -21,21 +22,23 @@ from lora_drop_vllm.method.reuse import SITES
 from lora_drop_vllm.method.schedule import StepKind
 from lora_drop_vllm.method.state import StepState
 
+LORA_STEP_TAG = "lora_step"
+
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": {0: "b"}, "positions": {0: "b"}})
 class LoRAStepModel(nn.Module):
-    """The model in a LoRA step, over the weights of the full model.
+    """The model in a LoRA step, with the weights of the full model.
 
-    A module of its own because a compiled module has one graph: the two kinds of step need two.
+    The two kinds of step need two modules, because a compiled module has one graph.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, model: Any) -> None:
         super().__init__()
-        # not registered a second time: the full model owns these
+        # unregistered: the full model owns these
         self.__dict__["shared"] = (model.embed_tokens, list(model.layers), model.norm)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """[T] token ids, one per request, to [T, d] final hidden states."""
+        """Final hidden states [T, d] of [T] token ids, one per request."""
         embed, layers, norm = self.shared
         hidden, residual = embed(input_ids), None
         for layer in layers:
@@ -48,18 +51,20 @@ class LoRAStepModel(nn.Module):
 
 
 class LoRADropModel(nn.Module):
-    """Mixed into vLLM's `...ForCausalLM`: builds the drop layers, picks the callable per step.
+    """A mixin of vLLM's `...ForCausalLM` that builds the drop layers and runs each step's kind.
 
     Attributes:
-        lora_drop: states and the plan of the step at hand
+        lora_drop: the states and the plan of the current step
         lora_step_model: the callable of LoRA steps
     """
 
     model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = active_config(vllm_config)
+        if config.kv_skips:
+            attention.choose_backend(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         scheduler = vllm_config.scheduler_config
         self.lora_drop = StepState(
             num_sites=len(SITES[config.injection]) * len(config.drop_layers),
@@ -79,7 +84,9 @@ class LoRADropModel(nn.Module):
         if config.kv_skips:
             modules = [layer.self_attn.attn for layer in self.model.layers]
             attention.pack(modules, config.drop_layers, self.lora_drop)
-        self.lora_step_model = LoRAStepModel(vllm_config=vllm_config, model=self.model)
+        # vLLM looks up compiled graphs by tag and number: with one tag they would be mixed up
+        with set_model_tag(LORA_STEP_TAG):
+            self.lora_step_model = LoRAStepModel(vllm_config=vllm_config, model=self.model)
         self._warm = False
 
     def forward(
@@ -89,7 +96,7 @@ class LoRADropModel(nn.Module):
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """One engine step of the kind that the plan at hand says."""
+        """Runs one engine step, of the kind that its plan says."""
         step = self.lora_drop
         if not step.in_step:
             self._warm_up(input_ids, positions)
@@ -99,13 +106,17 @@ class LoRADropModel(nn.Module):
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def _warm_up(self, input_ids: Tensor, positions: Tensor) -> None:
-        """Compile the LoRA step with the engine's first profiling run, not with a request."""
-        if not self._warm:
-            self._warm = True
-            self.lora_step_model(input_ids, positions)
+        """Compiles the LoRA step in the engine's first profiling run, not with a request."""
+        if self._warm:
+            return
+        self._warm = True
+        self.lora_step_model(input_ids, positions)
+        for layer in self.model.layers:
+            if isinstance(layer, DropLayer) and layer.run is not None:
+                layer.run.warm_up()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """vLLM's loading; the K/V projections of drop layers share what it loads."""
+        """Loads the weights as vLLM does; the K/V projections of drop layers share them."""
         loaded = super().load_weights(weights)
         return loaded | {name for name, _ in self.named_parameters() if ".kv_proj." in name}
 

@@ -1,4 +1,4 @@
-"""Entry point `vllm.general_plugins`: vLLM calls `register` in every process, maybe twice."""
+"""The entry point `vllm.general_plugins`; vLLM calls it in every process, sometimes twice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ DISTRIBUTION = "lora_drop_vllm"
 
 
 def register() -> None:
-    """Register the LoRA-Drop models and hook `--model-impl lora_drop` up.
+    """Registers the LoRA-Drop models and hooks up `--model-impl lora_drop`.
 
     Raises:
         RuntimeError: the installed vLLM is not the one this version was written for.
@@ -25,7 +25,7 @@ def register() -> None:
 
 
 def check_vllm_version() -> None:
-    """Raise unless the installed vLLM is in the range that pyproject.toml pins (extra `cuda`)."""
+    """Raises unless the installed vLLM is in the range that pyproject.toml pins (extra `cuda`)."""
     from packaging.requirements import Requirement
 
     installed = metadata.version("vllm")

@@ -1,4 +1,4 @@
-"""What LoRA-Drop refuses to be served with, before any weight is loaded."""
+"""Models and engine features that LoRA-Drop refuses, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from lora_drop_vllm.config import LoRADropConfig, LoRADropConfigError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import OffloadConfig, VllmConfig
+
+LEAVE_OUT = "leave it out"
 
 
 def check_architecture(vllm_config: VllmConfig, allowed: list[str]) -> None:
-    """Raise unless the model is of a family that has a LoRA-Drop variant."""
+    """Raises unless the model's family has a LoRA-Drop variant."""
     architectures = vllm_config.model_config.hf_config.architectures
     if not architectures or architectures[0] not in allowed:
         raise LoRADropConfigError(
@@ -22,7 +24,7 @@ def check_architecture(vllm_config: VllmConfig, allowed: list[str]) -> None:
 
 
 def check_supported(vllm_config: VllmConfig, config: LoRADropConfig) -> None:
-    """Raise for every engine feature that LoRA-Drop does not implement.
+    """Raises for every engine feature that LoRA-Drop does not implement.
 
     Raises:
         LoRADropConfigError: naming the feature as the user wrote it and the way out.
@@ -47,35 +49,35 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     device = vllm_config.device_config.device_type
-    leave_out = "leave it out"
     return [
         (model.runner_type != "generate", f"--runner {model.runner_type}", "use it to generate"),
-        (vllm_config.speculative_config is not None, "speculative decoding", leave_out),
+        (vllm_config.speculative_config is not None, "speculative decoding", LEAVE_OUT),
         (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size > 1", "set it to 1"),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "context parallelism",
             "set it to 1",
         ),
-        (parallel.enable_dbo, "--enable-dbo", leave_out),
+        (parallel.enable_dbo, "--enable-dbo", LEAVE_OUT),
         (envs.VLLM_USE_BREAKABLE_CUDAGRAPH, "VLLM_USE_BREAKABLE_CUDAGRAPH=1", "unset it"),
         # the kind of a request's steps depends on who else is in the batch
         (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT=1", "unset it"),
-        (parallel.worker_cls != "auto", "--worker-cls", leave_out),
-        (scheduler.scheduler_cls is not None, "--scheduler-cls", leave_out),
-        (vllm_config.lora_config is not None, "--enable-lora", leave_out),
-        (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", leave_out),
-        (vllm_config.ec_transfer_config is not None, "--ec-transfer-config", leave_out),
-        (model.quantization is not None, f"--quantization {model.quantization}", leave_out),
-        (model.enable_prompt_embeds, "--enable-prompt-embeds", leave_out),
-        (bool(model.logits_processors), "--logits-processors", leave_out),
-        (cache.cache_dtype != "auto", f"--kv-cache-dtype {cache.cache_dtype}", leave_out),
-        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", leave_out),
-        (bool(cache.kv_offloading_size), "--kv-offloading-size", leave_out),
+        (parallel.worker_cls != "auto", "--worker-cls", LEAVE_OUT),
+        (scheduler.scheduler_cls is not None, "--scheduler-cls", LEAVE_OUT),
+        (vllm_config.lora_config is not None, "--enable-lora", LEAVE_OUT),
+        (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", LEAVE_OUT),
+        (vllm_config.ec_transfer_config is not None, "--ec-transfer-config", LEAVE_OUT),
+        (model.quantization is not None, f"--quantization {model.quantization}", LEAVE_OUT),
+        (model.enable_prompt_embeds, "--enable-prompt-embeds", LEAVE_OUT),
+        (bool(model.logits_processors), "--logits-processors", LEAVE_OUT),
+        (cache.cache_dtype != "auto", f"--kv-cache-dtype {cache.cache_dtype}", LEAVE_OUT),
+        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", LEAVE_OUT),
+        (bool(cache.kv_offloading_size), "--kv-offloading-size", LEAVE_OUT),
+        *_offloading(vllm_config.offload_config),
         (
             bool(scheduler.disable_hybrid_kv_cache_manager),
             "--disable-hybrid-kv-cache-manager",
-            leave_out,
+            LEAVE_OUT,
         ),
         (
             model.get_sliding_window() is not None,
@@ -88,4 +90,13 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             "the V1 model runner on a GPU",
             "unset VLLM_USE_V2_MODEL_RUNNER",
         ),
+    ]
+
+
+def _offloading(offload: OffloadConfig) -> list[tuple[bool, str, str]]:
+    """Weight offloading, which wraps the layers' `forward` before they become drop layers."""
+    return [
+        (offload.uva.cpu_offload_gb > 0, "--cpu-offload-gb", LEAVE_OUT),
+        (offload.prefetch.offload_group_size > 0, "--offload-group-size", LEAVE_OUT),
+        (offload.offload_backend != "auto", "--offload-backend", LEAVE_OUT),
     ]

@@ -1,12 +1,12 @@
-"""Requests that cannot be served as asked, refused before they are queued.
+"""Checks of a request's own settings, before the request is queued.
 
-Those are a bad `"vllm_xargs": {"lora_drop_k": N}`, and prompts that go on after an answer (the
-Python API's streaming input), whose tokens from LoRA steps have no KV in the drop layers.
+Refused are a bad `"vllm_xargs": {"lora_drop_k": N}` and prompts that continue after an answer (the
+Python API's streaming input): an answer's tokens from LoRA steps have no KV in the drop layers.
 
-Patches `InputProcessor.process_inputs`. Reason: it is where vLLM turns bad request parameters
-into an HTTP 400 for the server and an error of the Python API alike; its plugin point for
-extra arguments is a logits processor, which would slow every step down. Removal condition: vLLM
-lets a plugin validate requests without one.
+Patches `InputProcessor.process_inputs`. Reason: there vLLM turns bad parameters into an HTTP 400 of
+the server and an error of the Python API alike. Its plugin point for extra arguments is a logits
+processor, which would slow down every step. Removal condition: vLLM lets a plugin validate requests
+without a logits processor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ARGUMENT = "lora_drop_k"
 
 
 def request_k(extra_args: Mapping[str, Any] | None, served_k: int, least: int | None = 0) -> int:
-    """The k of one request: its `lora_drop_k`, or else the served k.
+    """The k of one request: its own `lora_drop_k`, or the served k.
 
     Args:
         least: the lowest k that a request may bring; None where it may bring none
@@ -47,7 +47,7 @@ def request_k(extra_args: Mapping[str, Any] | None, served_k: int, least: int | 
 
 
 def install() -> None:
-    """Check every request to an engine served with `--model-impl lora_drop`."""
+    """Checks every request to an engine served with `--model-impl lora_drop`."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
@@ -63,8 +63,8 @@ def install() -> None:
         if self.model_config.model_impl == MODEL_IMPL:
             if kwargs.get("resumable"):
                 raise VLLMValidationError(
-                    "streaming input: --model-impl lora_drop does not support prompts that go on "
-                    "after an answer; send each turn as a request of its own."
+                    "streaming input: --model-impl lora_drop does not support prompts that "
+                    "continue after an answer; send each turn as a request of its own."
                 )
             if isinstance(params, SamplingParams):
                 served = self.vllm_config.additional_config[SETTINGS]

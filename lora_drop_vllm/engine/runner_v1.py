@@ -1,4 +1,4 @@
-"""V1 runner (CPU): the order of the requests in its persistent batch."""
+"""The V1 runner (CPU): the order of the requests in its batch."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def batch_order_v1(runner: Any) -> Callable[[], Sequence[str]]:
-    """How to ask the runner for its batch; it settles the order only inside `execute_model`."""
+    """A function that returns the batch's requests, whose order `execute_model` settles."""
     return lambda: runner.input_batch.req_ids

@@ -1,4 +1,4 @@
-"""V2 runner: the model's own state object, which sees each batch before the forward pass."""
+"""The V2 runner: the model's state object, which sees each batch before the forward pass."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class LoRADropModelState(DefaultModelState):
     req_ids: Sequence[str] = ()
 
     def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Attention metadata; the drop layers' builder asks for the batch while it is built."""
+        """vLLM's attention metadata; building it, the drop layers ask for the batch's order."""
         self.req_ids = input_batch.req_ids
         metadata = super().prepare_attn(input_batch, *args, **kwargs)
-        self.model.lora_drop.rows()  # a replayed graph finds the step's slots in place
+        self.model.lora_drop.rows()  # fills in the slots, where a replayed graph reads them
         return metadata
 
 
 def batch_order_v2(runner: Any) -> Callable[[], Sequence[str]]:
-    """How to ask the runner for its batch; it settles the order only inside `execute_model`."""
+    """A function that returns the batch's requests, whose order `execute_model` settles."""
     return lambda: runner.model_state.req_ids

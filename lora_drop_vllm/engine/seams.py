@@ -125,7 +125,19 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache", "cuda_graphs.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker._make_model_runner", "worker_gpu.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.execute_model", "worker.py", ("scheduler_output",)),
+    # what is called
+    Seam("vllm.compilation.backends:set_model_tag", "models.py", ("tag",)),
+    Seam(
+        "vllm.v1.attention.selector:get_attn_backend",
+        "attention.py",
+        ("head_size", "dtype", "kv_cache_dtype", "num_heads"),
+    ),
     # module layouts the drop layer runs on
+    Seam(
+        "vllm.model_executor.layers.layernorm:RMSNorm.forward_native",
+        "drop_layer.py",
+        ("x", "residual"),
+    ),
     Seam(
         "vllm.model_executor.models.llama:LlamaDecoderLayer.forward",
         "drop_layer.py",
@@ -161,7 +173,7 @@ def resolve_name(target: str) -> Any:
 
 
 def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
-    """Raise when the installed vLLM no longer offers what engine/ was written against."""
+    """Raises when the installed vLLM no longer offers what engine/ was written against."""
     for seam in seams:
         try:
             found = resolve_name(seam.target)
@@ -174,7 +186,7 @@ def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
 
 
 def check_attributes(found: object, names: Sequence[str], used_by: str) -> None:
-    """Raise when an object of vLLM lacks attributes that engine/ sets or reads."""
+    """Raises when an object of vLLM lacks attributes that engine/ sets or reads."""
     kind = type(found)
     have = [name for name in names if hasattr(found, name)]
     _check_lost(f"{kind.__module__}:{kind.__qualname__}", names, have, used_by)

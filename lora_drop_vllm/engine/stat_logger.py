@@ -1,9 +1,9 @@
-"""Prometheus side of the LoRA-Drop metrics, in the server's process.
+"""The Prometheus side of LoRA-Drop's metrics, in the server's process.
 
-Patches `StatLoggerManager.__init__` to add our logger, and only in engines served with
-`--model-impl lora_drop`. Reason: the entry point `vllm.stat_logger_plugins` would switch
-statistics on in every vLLM of the environment, also where LoRA-Drop is not used. Removal
-condition: vLLM lets an engine's config name stat loggers.
+Patches `StatLoggerManager.__init__`, which adds our logger to engines served with `--model-impl
+lora_drop` and to no others. Reason: the entry point `vllm.stat_logger_plugins` would switch
+statistics on in every vLLM of the environment, with or without LoRA-Drop. Removal condition: vLLM
+lets an engine's config name stat loggers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_drop_vllm.engine import metrics
 
 
 class LoRADropStatLogger(AggregateStatLoggerBase):
-    """Turns the reports of each engine into counters and a gauge beside vLLM's own."""
+    """Turns each engine's reports into counters and a gauge beside vLLM's own."""
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         labels = ["model_name", "engine"]
@@ -47,7 +47,7 @@ class LoRADropStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Count what one engine reports."""
+        """Counts one report of an engine."""
         report = metrics.read(scheduler_stats) if scheduler_stats is not None else {}
         if not report:
             return
@@ -57,11 +57,11 @@ class LoRADropStatLogger(AggregateStatLoggerBase):
         self._blocks.labels(*labelled).set(report[metrics.BLOCKS])
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say beyond the start-up line."""
+        """Logs nothing: the start-up line has said it."""
 
 
 def install() -> None:
-    """Add the LoRA-Drop logger to this process's engines; calling it twice is harmless."""
+    """Adds the LoRA-Drop logger to this process's engines; a second call changes nothing."""
     original = StatLoggerManager.__init__
     if getattr(original, "lora_drop", False):
         return

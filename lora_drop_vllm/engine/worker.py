@@ -1,26 +1,33 @@
-"""Worker hook: hands each step's plan to the model before the engine's runner starts on it."""
+"""The worker hook: gives each step's plan to the model before the runner starts the step."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from lora_drop_vllm.engine.activation import active_config
 from lora_drop_vllm.engine.runner_v1 import batch_order_v1
 from lora_drop_vllm.engine.runner_v2 import batch_order_v2
 from lora_drop_vllm.engine.scheduler import PLAN_ATTRIBUTE
+from lora_drop_vllm.engine.witness import states_filled
+from lora_drop_vllm.method.reuse import REUSE
+from lora_drop_vllm.method.schedule import StepKind, StepPlan
 
 
 class PlanReceiver:
-    """Mixed into vLLM's workers."""
+    """A mixin of vLLM's workers."""
 
+    vllm_config: Any
     model_runner: Any
     use_v2_model_runner: bool
     _serving = False
+    _witnessed = False
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run one engine step under the plan that the scheduler sent along."""
+        """Runs one engine step under the plan that the scheduler sent with it."""
         plan = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
         if plan is None:
-            # before the first request the engine warms its kernels up with steps of its own
+            # before the first request, the engine warms up its kernels with steps of its own
             if self._serving:
                 raise RuntimeError("the scheduler sent a step without a LoRA-Drop plan")
             return super().execute_model(scheduler_output)  # type: ignore[misc]
@@ -29,6 +36,18 @@ class PlanReceiver:
         step = self.model_runner.model.lora_drop
         step.begin(plan, order(self.model_runner))
         try:
-            return super().execute_model(scheduler_output)  # type: ignore[misc]
+            with self._witness(plan):
+                return super().execute_model(scheduler_output)  # type: ignore[misc]
         finally:
             step.end()
+
+    def _witness(self, plan: StepPlan) -> AbstractContextManager[None]:
+        """The witness around the first full step; nothing around any other step."""
+        if self._witnessed or plan.kind is not StepKind.FULL or not plan.rows:
+            return nullcontext()
+        self._witnessed = True
+        config = active_config(self.vllm_config)
+        if not REUSE[config.reuse].keeps_state:
+            return nullcontext()
+        slots = [row.slot for row in plan.rows.values()]
+        return states_filled(self.model_runner.model.lora_drop.states, slots, config.drop_layers)

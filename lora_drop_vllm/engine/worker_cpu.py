@@ -1,4 +1,4 @@
-"""The CPU worker; a module of its own because importing vLLM's has effects on the process."""
+"""The CPU worker, apart from the others because importing vLLM's changes the process."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from lora_drop_vllm.engine.worker import PlanReceiver
 
 
 class LoRADropCPUWorker(PlanReceiver, CPUWorker):
-    """vLLM's CPU worker, with a plan for every step."""
+    """vLLM's CPU worker with a plan for every step."""

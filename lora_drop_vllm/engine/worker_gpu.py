@@ -11,7 +11,7 @@ from lora_drop_vllm.engine.worker import PlanReceiver
 
 
 class LoRADropGPUWorker(PlanReceiver, Worker):
-    """vLLM's GPU worker, with a plan for every step and graphs for both kinds."""
+    """vLLM's GPU worker with a plan for every step and graphs for both kinds."""
 
     def _make_model_runner(self) -> Any:
         return StepGraphRunner(self.vllm_config, self.device)

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 DROP, TOKENS = [3, 4, 6], 32
 GRAPHS: dict[str, Any] = dict(
     enforce_eager=False,
-    attention_backend="TRITON_ATTN",  # runs in fp32, as the oracle does
+    attention_backend="TRITON_ATTN",  # fp32 as the oracle has it, see `environment`
     max_num_seqs=4,
     compilation_config={"cudagraph_capture_sizes": [1, 2, 4]},
 )

@@ -30,3 +30,15 @@ def test_all_kernels_compile_for_a_gpu(capability: int, tmp_path: Path) -> None:
     assert {kernel["name"] for kernel in built} == {f"{name}_kernel" for name in KERNELS}
     assert not [kernel for kernel in built if kernel["spilled"]]
     assert max(kernel["shared"] for kernel in built) <= SHARED[capability]
+
+
+def test_the_tests_multiply_fp32_as_fp32(tmp_path: Path) -> None:
+    """Triton's attention on a GPU is held to an oracle in fp32."""
+    script = Path(__file__).parents[1] / "support/dot_precision.py"
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "ieee", done.stderr

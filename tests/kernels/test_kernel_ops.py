@@ -46,16 +46,16 @@ def test_states_of_a_full_step(T: int, d: int, dtype: torch.dtype, sites: int, r
     slots = torch.randperm(T + 3, device=DEVICE)[:T]
     slots[1::3] = -1
     owned = slots >= 0
-    residual, *streams = (torch.randn(T, d, device=DEVICE).to(dtype) for _ in range(sites + 2))
-    for part in (residual, *streams):
-        part[~owned] = NAN
+    streams = [torch.randn(T, d, device=DEVICE).to(dtype) for _ in range(sites + 1)]
+    for stream in streams:
+        stream[~owned] = NAN
     states = framed(torch.full((sites, T + 3, d), NAN, device=DEVICE, dtype=dtype))
     for site in range(sites):
-        save_stream(streams[site], residual, states, site, slots)
-        assert torch.equal(states[site][slots[owned]], (streams[site] + residual)[owned])
+        save_stream(streams[site], states, site, slots)
+        assert torch.equal(states[site][slots[owned]], streams[site][owned])
     gates = torch.rand(sites, d, device=DEVICE).to(dtype)
-    save_changes(streams[-1], residual, states, gates, slots)
-    x = [(stream + residual).float() for stream in streams]
+    save_changes(streams[-1], states, gates, slots)
+    x = [stream.float() for stream in streams]
     for site in range(sites):
         want = (gates[site].float() * (x[site + 1] - x[site])).to(dtype)
         assert torch.equal(states[site][slots[owned]], want[owned])
@@ -113,8 +113,8 @@ def test_an_empty_batch_is_no_error() -> None:
         assert update(**with_update(given | none)).shape == (0, 64)
     for update in (reference.drop_run, drop_run):
         assert update(**with_update(run | none)).shape == (0, 64)
-    triton_state.save_stream_triton(empty, empty, states, 0, no_slots)
-    triton_state.save_changes_triton(empty, empty, states, states[:, 0], no_slots)
+    triton_state.save_stream_triton(empty, states, 0, no_slots)
+    triton_state.save_changes_triton(empty, states, states[:, 0], no_slots)
 
 
 def test_the_launch_table() -> None:
@@ -156,8 +156,8 @@ def op_arguments(name: str) -> tuple[Any, ...]:
     gates = torch.rand(2, 32, device=DEVICE)
     starts, lens, table = (torch.arange(n, device=DEVICE, dtype=torch.int32) for n in (4, 3, 3))
     return {
-        "save_stream": (x, x, states, 1, slots),
-        "save_changes": (x, x, states, gates, slots),
+        "save_stream": (x, states, 1, slots),
+        "save_changes": (x, states, gates, slots),
         "compact_slots": (starts, lens, table[:, None], slots.clone(), lens.clone(), 7),
     }[name]
 
@@ -208,8 +208,8 @@ def test_triton_is_imported_with_the_first_cuda_tensor() -> None:
         "from lora_drop_vllm import kernels\n"
         "x = torch.ones(1, 4)\n"
         "states = torch.zeros(1, 1, 4)\n"
-        "kernels.save_stream(x, x, states, 0, torch.zeros(1, dtype=torch.int64))\n"
-        "assert states.tolist() == [[[2.0] * 4]], states\n"
+        "kernels.save_stream(x, states, 0, torch.zeros(1, dtype=torch.int64))\n"
+        "assert states.tolist() == [[[1.0] * 4]], states\n"
         "print([name for name in sys.modules if 'kernels.triton' in name])\n"
         "kernels.ops.triton_kernels()\n"
         "print('lora_drop_vllm.kernels.triton_run' in sys.modules)\n"
@@ -267,8 +267,8 @@ def test_sanitized_kernels() -> None:
     for launch in RUN_LAUNCHES.values():
         drop_run(**with_update(given, writes_back=True), launch=launch)
     x, states, slots = given["x"], given["states"], given["slots"]
-    triton_state.save_stream_triton(x, x, states, 1, slots)
-    triton_state.save_changes_triton(x, x, states, torch.ones_like(states[:, 0]), slots)
+    triton_state.save_stream_triton(x, states, 1, slots)
+    triton_state.save_changes_triton(x, states, torch.ones_like(states[:, 0]), slots)
     starts, lens, table = (torch.arange(n, device=DEVICE, dtype=torch.int32) for n in (18, 17, 17))
     compact = triton_slots.compact_slots_triton
     compact(starts, lens, table[:, None].expand(17, 3).contiguous(), slots, lens.clone(), 7)

@@ -77,8 +77,8 @@ def launch_all(dtype: torch.dtype, rows: int, d: int, r: int, layers: int, rule:
     of = REUSE[rule]
     kept = states if of.keeps_state else None
     drop_run_triton(x, kept, slots, Update(A, B, 0.5, of.beta, of.writes_back))
-    save_stream_triton(x, x, states, 0, slots)
-    save_changes_triton(x, x, states, states[:, 0].contiguous(), slots)
+    save_stream_triton(x, states, 0, slots)
+    save_changes_triton(x, states, states[:, 0].contiguous(), slots)
 
 
 def main() -> None:

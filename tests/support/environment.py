@@ -16,7 +16,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
+# attention in fp32 is held to an oracle in fp32; Triton would multiply in tf32, 1e-3 apart
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None

@@ -1,0 +1,113 @@
+"""The compile path of a GPU, on a CPU: two compiled modules give the oracle's tokens.
+
+Both kinds of step are a compiled module of their own. vLLM caches compiled graphs on disk; a graph
+of the one module must never be taken for the other's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from environment import V2
+from gpu_compile import keep_vllm_compile
+from oracle import Oracle
+from serving import PROMPT, Engine, Serve, assert_same, settings_of
+from tiny import load_model, make_adapter, make_model
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(V2, reason="compiled only under V1: the interpreter cannot be compiled"),
+]
+
+TOKENS = 9
+# VLLM_USE_AOT_COMPILE, VLLM_USE_MEGA_AOT_ARTIFACT: what torch 2.11 takes, the usual one of GPUs,
+# then what torch 2.12 and torch 2.9 take, then what nobody should
+CACHES = {"torch-2.11": "10", "torch-2.12": "11", "torch-2.9": "00", "mixed": "01"}
+MODELS = [
+    pytest.param(family, reuse, kv, injection, id=f"{family}-{reuse}-{kv}-{injection}")
+    for family in ("llama", "qwen2")
+    for reuse, kv, injection in (
+        ("update", "skip", "block"),
+        ("previous", "write", "attn_mlp"),
+        ("update", "skip", "attn_mlp"),
+        ("previous", "write", "block"),
+    )
+]
+TWO = (MODELS[0], MODELS[5])  # each family, KV mode and injection point once
+
+
+def cases() -> list[Any]:
+    """Every model in the usual cache, two of them in every cache; `make test` runs two."""
+    return [
+        pytest.param(
+            cache,
+            *model.values,
+            id=f"{cache}-{model.id}",
+            marks=() if model in TWO and cache == "torch-2.11" else pytest.mark.matrix,
+        )
+        for cache in CACHES
+        for model in MODELS
+        if model in TWO or cache == "torch-2.11"
+    ]
+
+
+def start(serve: Serve, model: Path, adapter: Path) -> Engine:
+    """An engine that compiles as in a fresh process."""
+    torch._dynamo.reset()
+    return serve(
+        model,
+        {"adapter": str(adapter)},
+        enforce_eager=False,
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+    )
+
+
+def check_compiled(engine: Engine, from_disk: bool) -> None:
+    """Both modules went through vLLM's own backend, split at attention."""
+    from vllm.config import CompilationMode
+
+    compilation = engine.runner.compilation_config
+    assert compilation.mode is CompilationMode.VLLM_COMPILE
+    assert "vllm::unified_attention_with_output" in compilation.splitting_ops
+    model = engine.runner.model
+    for module in (model.model, model.lora_step_model):
+        assert not module.do_not_compile
+        assert getattr(module, "was_aot_compile_fn_loaded_from_disk", False) == from_disk
+
+
+@pytest.mark.parametrize(("cache", "family", "reuse", "kv", "injection"), cases())
+def test_each_module_runs_its_own_graphs(
+    serve: Serve,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: str,
+    family: str,
+    reuse: str,
+    kv: str,
+    injection: str,
+) -> None:
+    keep_vllm_compile(monkeypatch)
+    aot, mega = CACHES[cache]
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", aot)
+    monkeypatch.setenv("VLLM_USE_MEGA_AOT_ARTIFACT", mega)
+    folder, adapter = make_model(tmp_path / "model", family, num_layers=6), tmp_path / "adapter"
+    config, tensors = make_adapter(
+        adapter, folder, drop_layers=[3, 4], k=2, reuse=reuse, kv=kv, injection=injection
+    )
+    oracle = Oracle(load_model(folder), settings_of(config, tensors))
+    want = oracle.decode(PROMPT, TOKENS)
+    for warm in (False, True):
+        engine = start(serve, folder, adapter)
+        (got,) = engine.generate([PROMPT], TOKENS)
+        assert_same(got, want, oracle)
+        assert engine.counts() == {"full": 3, "lora": 6}
+        check_compiled(engine, from_disk=warm and aot == "1")
+    if mega == "0":
+        modules = {path.parent.name for path in tmp_path.rglob("vllm_compile_cache.py")}
+        assert modules == {"backbone", "lora_step"}
