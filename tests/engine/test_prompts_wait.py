@@ -138,14 +138,15 @@ def test_a_stream_of_prompts_that_vllm_does_not_defer_starves_nobody(dry: Any, p
 
 def test_nobody_waits_on_a_full_machine(dry: Any) -> None:
     """vLLM's own rule: what a step had to leave behind goes ahead as soon as there is room."""
-    engine = decoding(dry, 1, max_num_seqs=2)
+    engine = decoding(dry, K, max_num_seqs=2)
     short = engine.add([3, 3], 2)
-    first, second = engine.add([4, 3], 9), engine.add([4, 4], 2)
+    first, second = engine.add([3, 4], 9), engine.add([4, 4], 2)
     steps_until_taken(engine, short)
     assert engine.scheduler.prefill_capacity_bound
     ends = steps_until_taken(engine, first)
     assert engine.sent[short] and ends == 1
     assert second in engine.waiting()
+    assert engine.num_cached == 2, "a step that does not defer gives up no prefix hit"
 
 
 def test_a_cadence_of_vllms_own_starves_nobody(dry: Any) -> None:
