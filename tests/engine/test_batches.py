@@ -184,6 +184,40 @@ def test_parallel_samples_each_follow_the_cycle(
     check_all_released(engine)
 
 
+@pytest.mark.parametrize(
+    ("allowed", "refused", "why"),
+    [
+        (False, [0, 3], r"lora_drop_k=\d: .*lora_drop\.request_k=false"),  # not even the served k
+        (
+            {"min": 2},
+            [0, 1],
+            r'lora_drop_k=\d: .* from 2 \(lora_drop\.request_k=\{"min": 2\}\) to 3',
+        ),
+        (True, [-1, 4], r"lora_drop_k=-?\d: .* from 0 \(every step runs all layers\) to 3"),
+    ],
+    ids=["no request", "a floor", "any"],
+)
+def test_the_operator_says_which_k_requests_may_bring(
+    serve: Serve, models: dict[str, Path], adapter: Any, allowed: Any, refused: list[int], why: str
+) -> None:
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    _, _, settings = adapter
+    core = serve(models["llama"], settings | {"request_k": allowed}).llm.llm_engine
+    prompt = {"prompt_token_ids": prompt_of(9)}
+    for k in refused:
+        with pytest.raises(VLLMValidationError, match=why):
+            core.add_request("own", prompt, SamplingParams(extra_args={"lora_drop_k": k}))
+    assert not core.has_unfinished_requests()
+    if allowed:
+        core.add_request("own", prompt, SamplingParams(extra_args={"lora_drop_k": 2}))
+    core.add_request("none", prompt, SamplingParams())
+    core.step()
+    ks = [tracked.k for tracked in core.engine_core.engine_core.scheduler.tracker._tracked.values()]
+    assert ks == ([2, 3] if allowed else [3])
+
+
 def test_aborted_and_refused_requests_give_everything_back(
     serve: Serve, models: dict[str, Path], adapter: Any
 ) -> None:
@@ -191,12 +225,8 @@ def test_aborted_and_refused_requests_give_everything_back(
     from vllm.exceptions import VLLMValidationError
 
     _, _, settings = adapter
-    engine = serve(models["llama"], settings | {"request_k": False})
+    engine = serve(models["llama"], settings)
     core = engine.llm.llm_engine
-    for k in (0, 3):  # not even the served one
-        with pytest.raises(VLLMValidationError, match=r"lora_drop\.request_k=false"):
-            params = SamplingParams(extra_args={"lora_drop_k": k})
-            core.add_request("own", {"prompt_token_ids": prompt_of(9)}, params)
     with pytest.raises(VLLMValidationError, match="streaming input"):
         core.input_processor.process_inputs(
             "part", {"prompt_token_ids": [3]}, SamplingParams(), ("generate",), resumable=True

@@ -113,6 +113,7 @@ SETTINGS = {
 ESSENTIAL = "skip-update"
 
 
+@pytest.mark.parametrize("prompts", ["wait", "now"])
 @pytest.mark.parametrize(
     "name", [n if n == ESSENTIAL else pytest.param(n, marks=pytest.mark.matrix) for n in SETTINGS]
 )
@@ -122,6 +123,7 @@ def test_every_request_gets_the_oracles_tokens(
     hf_models: dict[str, Any],
     tmp_path: Path,
     name: str,
+    prompts: str,
     effort: int,
     first_seed: int,
     record_property: Any,
@@ -130,7 +132,7 @@ def test_every_request_gets_the_oracles_tokens(
     config, tensors = make_adapter(tmp_path, models[family], drop_layers=[3, 5], **given)
     pool: dict[str, Any] = dict(max_model_len=192, num_gpu_blocks_override=9, max_num_seqs=4)
     args = pool | {"max_num_batched_tokens": 48} | args
-    engine = serve(models[family], {"adapter": str(tmp_path)}, **args)
+    engine = serve(models[family], {"adapter": str(tmp_path), "prompts": prompts}, **args)
     engine.record()
     settings = settings_of(config, tensors)
     restarts = 0

@@ -126,8 +126,8 @@ def tensor_files(draw: st.DrawFn) -> bytes:
 
 KEYS = ["adapter", "untrained", "k", "rho", "layers", "drop_layers", "reuse", "kv", "injection"]
 SETTINGS = VALUES | st.dictionaries(
-    st.sampled_from([*KEYS, "r", "request_k"]) | st.text(max_size=3) | st.integers(),
-    VALUES | st.sampled_from(["uniform", "none", "write", "attn_mlp", 3, [4, 6]]),
+    st.sampled_from([*KEYS, "r", "request_k", "prompts"]) | st.text(max_size=3) | st.integers(),
+    VALUES | st.sampled_from(["uniform", "none", "write", "attn_mlp", 3, [4, 6], {"min": 1}]),
     max_size=5,
 )
 

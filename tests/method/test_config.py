@@ -58,6 +58,15 @@ BAD_SETTINGS = [
     (UNTRAINED | {"kv": "drop"}, r"lora_drop\.kv='drop': expected one of skip, write"),
     (UNTRAINED | {"layers": "best"}, r"lora_drop\.layers='best': expected one of contiguous"),
     (UNTRAINED | {"request_k": "no"}, r"lora_drop\.request_k='no': expected true or false"),
+    (UNTRAINED | {"request_k": 1}, r"lora_drop\.request_k=1: .* or \{\"min\": N\}, the lowest k"),
+    (UNTRAINED | {"request_k": {"max": 1}}, r"lora_drop\.request_k=\{'max': 1\}: expected true"),
+    (UNTRAINED | {"request_k": {"min": True}}, r"lora_drop\.request_k=\{'min': True\}: expected t"),
+    (
+        UNTRAINED | {"request_k": {"min": -1}},
+        r"request_k=\{'min': -1\}: expected a floor from 0 to 3",
+    ),
+    (UNTRAINED | {"k": 1, "request_k": {"min": 2}}, r"expected a floor from 0 to 1, the served k"),
+    (UNTRAINED | {"prompts": "later"}, r"lora_drop\.prompts='later': expected one of wait, now"),
     (UNTRAINED | {"drop_layers": [2]}, r"layer 2 cannot drop; of 8 layers the first 3 and the la"),
     (UNTRAINED | {"drop_layers": [7]}, r"layer 7 cannot drop"),
     (UNTRAINED | {"drop_layers": [40]}, r"layer 40 cannot drop"),
@@ -180,6 +189,16 @@ def test_settings_override_the_adapter_where_they_may(adapter: Path) -> None:
         resolve({"adapter": str(adapter), "rho": 0.75}, MODEL)
     with pytest.raises(ValueError, match=r"lora_drop\.r=8: the adapter decides it"):
         resolve({"adapter": str(adapter), "r": 8}, MODEL)
+
+
+def test_what_an_operator_decides_for_all_requests(adapter: Path) -> None:
+    for base in (UNTRAINED, {"adapter": str(adapter)}):
+        assert (resolve(base, MODEL).prompts, resolve(base, MODEL).least_k) == ("wait", 0)
+        assert resolve(base | {"prompts": "now"}, MODEL).prompts == "now"
+        for allowed, least in ((True, 0), (False, None), ({"min": 2}, 2), ({"min": 0}, 0)):
+            config = resolve(base | {"request_k": allowed}, MODEL)
+            assert config.least_k == least
+            assert LoRADropConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
 
 
 def test_a_rule_that_needs_gates_needs_an_adapter_with_gates(

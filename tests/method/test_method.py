@@ -20,6 +20,8 @@ from lora_drop_vllm.method.schedule import (
     Scheduled,
     StepKind,
     StepPlan,
+    longest_wait,
+    prompts_wait,
     step_kind,
 )
 from lora_drop_vllm.method.state import StepState
@@ -45,6 +47,35 @@ def test_a_prompt_pulls_everyone_into_its_full_step() -> None:
     assert step_kind([RequestPhase(False, 1, 3), RequestPhase(True, 0, 3)]) is FULL
     assert step_kind([RequestPhase(False, 1, 3), RequestPhase(False, 0, 3)]) is LORA
     assert step_kind([RequestPhase(False, 3, 3), RequestPhase(False, 0, 3)]) is FULL
+
+
+RUNNING = {
+    "nobody": ([], False),
+    "all have LoRA steps left": ([(False, 1, 3), (False, 2, 3)], True),
+    "one is due": ([(False, 1, 3), (False, 3, 3)], False),
+    "one has none": ([(False, 1, 3), (False, 0, 0)], False),
+    "a prompt has begun": ([(False, 1, 3), (True, 0, 3)], False),
+}
+
+
+@pytest.mark.parametrize("case", RUNNING)
+def test_prompts_wait_while_the_step_is_a_lora_step_without_them(case: str) -> None:
+    phases, wait = RUNNING[case]
+    running = [RequestPhase(*phase) for phase in phases]
+    assert prompts_wait(running, waited=2, most=3) is wait
+    assert not prompts_wait(running, waited=3, most=3)
+
+
+def test_prompts_of_several_chunks_wait_for_fewer_steps_than_they_take() -> None:
+    assert [longest_wait(k, fits=True) for k in (1, 2, 3, 9)] == [1, 2, 3, 9]
+    assert [longest_wait(k, fits=False) for k in (1, 2, 3, 9)] == [1, 2, 2, 2]
+
+
+def test_a_tracked_request_brings_its_phase() -> None:
+    tracker = PhaseTracker(1, kv_skips=True)
+    tracker.admit("a", 3, prompt_end=2)
+    lone_request(tracker, 2, 3)
+    assert tracker.phase("a", in_prompt=False) == RequestPhase(False, 2, 3)
 
 
 def test_the_last_token_of_a_chunked_prompt_is_still_a_prompt() -> None:
