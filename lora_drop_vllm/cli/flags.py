@@ -68,9 +68,16 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag, type=kind, default=default, help=f"{meaning} (default: {default})"
         )
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16 (default: where the processor has instructions for it)",
+    )
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
-    parser.add_argument("--attention", default="sdpa", help="sdpa (default), flex or xformers")
+    parser.add_argument(
+        "--attention",
+        help="sdpa, matmul, flex or xformers (default: matmul on CPUs in bfloat16, else sdpa)",
+    )
 
 
 def decoding_flags(parser: argparse.ArgumentParser) -> None:
