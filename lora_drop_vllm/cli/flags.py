@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 
 from lora_drop_vllm.cli.values import count, flag, layer_numbers, numbers, positive, shares
@@ -94,11 +94,20 @@ def train_flags(parser: ArgumentParser) -> None:
         ("hidden", "weight of the distance of the hidden states"),
         ("refresh_weight", "weight of the prediction of a refresh; that of a LoRA step weighs 1"),
         ("save_every", "steps between two checkpoints"),
-        ("bf16", "compute in bfloat16; the adapter stays in float32"),
         ("checkpointing", "recompute layers in the backward pass: less memory, more time"),
     ):
         flag(parser, Plan, name, meaning)
-    flag(parser, Plan, "attention", "attention backend", choices=BACKENDS)
+    parser.add_argument(
+        "--bf16",
+        action=BooleanOptionalAction,
+        help="compute in bfloat16; the adapter stays in float32 (default: where the processor has "
+        "instructions for it)",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=BACKENDS,
+        help="attention backend (default: matmul on CPUs in bfloat16, else sdpa)",
+    )
     flag(parser, train, "plots", "also draw the curves (needs matplotlib)")
 
 

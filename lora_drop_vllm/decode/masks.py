@@ -1,7 +1,8 @@
 """Attention backends of the offline model, and causal masks in the form each of them reads.
 
-`sdpa` is transformers' own. `flex` and `xformers` are registered beside it through its public
-registry; on the CPU, FlexAttention runs uncompiled and forward only.
+`sdpa` is transformers' own. The others are registered beside it through its public registry.
+`matmul` is two matrix products and a softmax, on CPUs in bfloat16 twice as fast as `sdpa`; it holds
+the scores of all queries and keys. On the CPU, FlexAttention runs uncompiled and forward only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("sdpa", "flex", "xformers")
+BACKENDS = ("sdpa", "matmul", "flex", "xformers")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def use_backend(model: Any, backend: str) -> None:
             )
     from transformers import AttentionInterface
 
+    AttentionInterface.register("lora_drop_matmul", _matmul)
     AttentionInterface.register("lora_drop_flex", _flex)
     AttentionInterface.register("lora_drop_xformers", _xformers)
     model.set_attn_implementation("sdpa" if backend == "sdpa" else f"lora_drop_{backend}")
@@ -85,14 +87,17 @@ def causal_mask(backend: str, queries: Span, keys: Span) -> Any:
             from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
             return BlockDiagonalCausalMask.from_seqlens(_run_lengths(keys.sequence))
-        if not keys.packed:
+        if backend == "sdpa" and not keys.packed:
             return None  # the backend's own causal mask
-    return _sees(
+    mask = _sees(
         queries.column[:, None, :, None],
         queries.sequence[:, None, :, None],
         keys.column[:, None, None, :],
         keys.sequence[:, None, None, :],
     )
+    if backend == "matmul":
+        return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return mask
 
 
 def _sees(column: Tensor, sequence: Tensor, key_column: Tensor, key_sequence: Tensor) -> Tensor:
@@ -119,6 +124,31 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
 def _per_head(module: Any, *keys_values: Tensor) -> list[Tensor]:
     """K and V once per query head."""
     return [x.repeat_interleave(module.num_key_value_groups, 1) for x in keys_values]
+
+
+def _matmul(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention by matrix products, [N, heads, L, head_dim] to [N, Q, heads, head_dim].
+
+    The query heads of one K and V head are rows of one product.
+    """
+    N, heads, Q, width = query.shape
+    groups, device = key.shape[1], query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    with torch.autocast(device, enabled=False):
+        scores = (query * scaling).reshape(N, groups, -1, width) @ key.transpose(2, 3)
+        scores = scores.view(N, heads, Q, -1) + attention_mask.to(scores.dtype)
+        out = scores.softmax(-1).view(N, groups, -1, key.shape[2]) @ value
+    return out.view(N, heads, Q, width).transpose(1, 2).contiguous(), None
 
 
 def _flex(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,9 +35,11 @@ class Plan:
             distance of the hidden states
         save_every: steps between two checkpoints, what a kill loses at most
         refresh_weight: weight of a refresh's prediction; a LoRA step's weighs 1
-        bf16: compute in bfloat16; adapter, optimizer and residual stream stay in fp32
+        bf16: compute in bfloat16; adapter, optimizer and residual stream stay in fp32. None: where
+            the processor has instructions for it
         checkpointing: recompute layers in the backward pass, to save memory
-        attention: `sdpa`, `flex` or `xformers`
+        attention: `sdpa`, `matmul`, `flex` or `xformers`; None: `matmul` on CPUs in bfloat16,
+            else `sdpa`
     """
 
     steps: int = 500
@@ -51,9 +53,9 @@ class Plan:
     hidden: float = 0.0
     refresh_weight: float = 1.0
     save_every: int = 50
-    bf16: bool = False
+    bf16: bool | None = None
     checkpointing: bool = False
-    attention: str = "sdpa"
+    attention: str | None = None
 
     def check(self) -> None:
         """Raise ValueError for what cannot be, naming the flag."""
@@ -69,6 +71,21 @@ class Plan:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected more than 0")
         if not self.ce + self.kl + self.hidden > 0:
             raise ValueError("--ce, --kl, --hidden: all 0; give one of them some weight")
+
+    def on_this_machine(self, run: Mapping[str, Any]) -> Plan:
+        """The plan with nothing left open.
+
+        Args:
+            run: settings of the run that goes on, which keep what they were, or none
+        """
+        cuda, able = torch.cuda.is_available(), torch.cpu.get_capabilities()
+        bf16, attention = self.bf16, self.attention
+        if bf16 is None:
+            fast = not cuda and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+            bf16 = run.get("bf16", fast)
+        if attention is None:
+            attention = run.get("attention", "matmul" if bf16 and not cuda else "sdpa")
+        return replace(self, bf16=bf16, attention=attention)
 
     @property
     def weights(self) -> Weights:
@@ -138,7 +155,10 @@ class Trainer:
         tensors = {n: t for n, t in checkpoint.tensors.items() if "/" not in n}
         self.adapter = Adapter(config, tensors).to(model.device)
         self.decoder = ForcedDecoder(
-            model, self.adapter, attention=plan.attention, checkpoint=plan.checkpointing
+            model,
+            self.adapter,
+            attention=plan.attention or "sdpa",
+            checkpoint=plan.checkpointing,
         )
         self.rows, self.plan, self.seed, self.devices = rows, plan, seed, devices
         self.step, self.run = checkpoint.step, checkpoint.run
@@ -208,7 +228,7 @@ class Trainer:
         plan, device = self.plan, self.decoder.model.device
         tokens, sequence = (x.to(device) for x in stack(chosen, self.rows.length))
         schedule = random_schedule(sequence, chosen, self.adapter.config.k, self.seed, number)
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(plan.bf16)):
             return backward(self.decoder, tokens, schedule, plan.weights, 1 / plan.accumulate)
 
 

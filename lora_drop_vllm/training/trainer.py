@@ -93,10 +93,11 @@ def train(
     if plots:
         require_matplotlib()
     texts = read_corpus(corpus)
+    checkpoint = Checkpoint.load(out)
+    plan = plan.on_this_machine(checkpoint.run if checkpoint else {})
     run = asdict(settings) | asdict(plan) | {"from": start, "model": model_name(model)}
     run["corpus"] = texts.origin
     run = json.loads(json.dumps(run))
-    checkpoint = Checkpoint.load(out)
     if checkpoint:
         checkpoint.check_run(run, out)
     devices = Devices()

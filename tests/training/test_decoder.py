@@ -181,6 +181,7 @@ def test_the_student_beside_the_base_model_is_the_student_alone(
 @pytest.mark.parametrize(
     ("backend", "device"),
     [
+        ("matmul", "cpu"),
         ("flex", "cpu"),
         pytest.param("flex", "cuda", marks=pytest.mark.gpu),
         pytest.param("xformers", "cuda", marks=pytest.mark.gpu),

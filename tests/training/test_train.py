@@ -31,7 +31,7 @@ def given(smooth_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return ["train", str(smooth_model), "--corpus", str(corpus), "--length", "48", "--rank", "4",
             "--rho", "0.5", "--steps", str(STEPS), "--batch", "2", "--warmup", "2",
-            "--save-every", "3", "--from", "zero"]  # fmt: skip
+            "--save-every", "3", "--from", "zero", "--no-bf16"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,39 @@ def test_a_finished_run_is_left_as_it_is(
 def test_other_ways_to_train_run(given: list[str], tmp_path: Path, flags: list[str]) -> None:
     assert main([*given, *flags, "--steps", "2", "--out", str(tmp_path)]) == 0
     assert all(torch.isfinite(tensor).all() for tensor in tensors_of(tmp_path).values())
+
+
+def test_bfloat16_is_chosen_by_the_processor_and_kept_by_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for able, expected in (
+        ({"avx512_bf16": True}, (True, "matmul")),
+        ({"amx_bf16": True}, (True, "matmul")),
+        ({"avx512_f": True}, (False, "sdpa")),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        open_plan = Plan().on_this_machine({})
+        assert (open_plan.bf16, open_plan.attention) == expected
+        resumed = Plan().on_this_machine({"bf16": not expected[0], "attention": "flex"})
+        assert (resumed.bf16, resumed.attention) == (not expected[0], "flex")
+        asked = Plan(bf16=False, attention="flex")
+        assert asked.on_this_machine({"bf16": True, "attention": "sdpa"}) == asked
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Plan().on_this_machine({}) == Plan(bf16=False, attention="sdpa")
+
+
+def test_bfloat16_follows_fp32(given: list[str], whole: Path, tmp_path: Path) -> None:
+    """The same run in bfloat16, by plain matrix products: the loss curves agree."""
+    own = [flag for flag in given if flag != "--no-bf16"]
+    assert main([*own, "--bf16", "--attention", "matmul", "--out", str(tmp_path)]) == 0
+    logs = [
+        [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+        for out in (tmp_path, whole)
+    ]
+    for half, full in zip(*logs, strict=True):
+        assert half["loss"] == pytest.approx(full["loss"], rel=0.02)
+        assert half["kl_lora"] == pytest.approx(full["kl_lora"], rel=0.05, abs=0.01)
 
 
 def test_accumulation_is_the_mean_of_its_parts(smooth_model: Path, tmp_path: Path) -> None:
