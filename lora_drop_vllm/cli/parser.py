@@ -69,6 +69,7 @@ COMMANDS = {
         about="Fits an adapter layer by layer, without gradients: minutes on 2 cores for a 135M "
         "model.",
         examples=(
+            "lora-drop fit ./model --rho 0.25 --k 3 --out ./adapter",
             "lora-drop fit ./model --corpus books.txt web.jsonl.gz --out ./adapter",
             "lora-drop fit ./model --corpus books.txt --layers 10-16 --kv write --out ./adapter",
             "lora-drop fit ./model --corpus books.txt --layers kl --profile p/profile.json "
@@ -77,12 +78,29 @@ COMMANDS = {
         add_flags=flags.fit_flags,
         run=commands.run_fit,
     ),
+    "generate": Command(
+        summary="have the model write text to learn from",
+        about="Has the model write its own training text: it samples user turns behind the empty "
+        "user header of its chat template, and answers them. A model without a chat template "
+        "continues texts. Repetitive and broken text is left out. Run the same command again to "
+        "resume a killed run, or with a larger --count to write more. Needs vLLM.",
+        examples=(
+            "lora-drop generate ./model --count 1000 --out conversations.jsonl",
+            "lora-drop generate ./model --seed 1 --exclude conversations.jsonl --count 200 "
+            "--out held_out.jsonl",
+            "lora-drop generate ./model --prompts questions.txt --greedy 1 --out answers.jsonl",
+            "lora-drop generate ./base-model --corpus books.txt --out continuations.jsonl",
+        ),
+        add_flags=flags.generate_flags,
+        run=commands.run_generate,
+    ),
     "train": Command(
         summary="train an adapter by gradients; resumes from --out",
         about="Trains an adapter by gradients. Run the same command again to resume a killed "
         "run from its last checkpoint in --out; the resulting adapter is identical. To train on "
         "several GPUs, start it with `accelerate launch -m lora_drop_vllm.cli train ...`.",
         examples=(
+            "lora-drop train ./model --corpus self:0.7 books.txt:0.3 --out ./adapter",
             "lora-drop train ./model --corpus web.jsonl.gz --steps 500 --out ./adapter",
             "lora-drop train ./model --corpus datasets:allenai/c4:en:train[:1%] --bf16 "
             "--out ./adapter",
@@ -98,6 +116,7 @@ COMMANDS = {
         about="Measures which layers a model can do without, and writes scores and drop layers "
         "to profile.json, which `fit` and `train` read with --profile.",
         examples=(
+            "lora-drop profile ./model --out ./profile",
             "lora-drop profile ./model --corpus web.jsonl.gz --out ./profile --plots",
             "lora-drop profile ./model --corpus web.jsonl.gz --criterion kl --rank 64 "
             "--out ./profile",

@@ -18,9 +18,12 @@ LEAST = 2  # tokens of a reply: the first is predicted by the prompt
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of a `role` and a `content`, at least one of them a reply of the assistant."""
+    """Messages of a `role` and a `content`, at least one of them a reply of the assistant.
 
-    messages: list[dict[str, str]]
+    A reply that was cut off says so in a field `cut`; it has no end to learn.
+    """
+
+    messages: list[dict[str, Any]]
 
     @classmethod
     def of(cls, raw: Any) -> Conversation:
@@ -89,7 +92,7 @@ def render(
     return found, reasons
 
 
-def _reply(messages: list[dict[str, str]], tokenizer: Any, length: int) -> Reply:
+def _reply(messages: list[dict[str, Any]], tokenizer: Any, length: int) -> Reply:
     """The last message behind those before it.
 
     Raises:
@@ -99,8 +102,11 @@ def _reply(messages: list[dict[str, str]], tokenizer: Any, length: int) -> Reply
 
     try:
         prompt, whole = (
-            tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=generate)
-            for given, generate in ((messages[:-1], True), (messages, False))
+            tokenizer.apply_chat_template(given, tokenize=False, **how)
+            for given, how in (
+                (messages[:-1], {"add_generation_prompt": True}),
+                (messages, {"continue_final_message": bool(messages[-1].get("cut"))}),
+            )
         )
     except TemplateError as error:
         raise ValueError(f"the chat template refuses a conversation ({error})") from error

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_drop_vllm.atomic_files import append_line, replacing
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
+from lora_drop_vllm.training.mixture import MixedPosition, read_position
 from lora_drop_vllm.training.rows import Position
 
 FILE = "training.safetensors"
@@ -34,7 +35,7 @@ class Checkpoint:
     config: AdapterConfig
     run: dict[str, Any]
     step: int
-    position: Position
+    position: Position | MixedPosition
     tensors: dict[str, Tensor]
 
     def save(self, folder: Path) -> None:
@@ -65,7 +66,7 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             base = BaseModel(**state["config"].pop("base_model"))
             config = AdapterConfig(base_model=base, **state["config"])
-            position = Position(*state["position"])
+            position = read_position(state["position"])
             return cls(config, state["run"], state["step"], position, tensors)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(

@@ -3,13 +3,15 @@
 A plain text file is one document; of a `.jsonl` file every line is one, in its field `text`, or a
 conversation in its field `messages`. Both may be gzipped (`.gz`). Rows of a dataset are as such
 lines. The field `source`, if any, says what a document was taken from. Lines that cannot be used
-are skipped and counted.
+are skipped and counted. The source `self` is text that the model wrote itself. A number after a
+source, as in `books.txt:0.3`, is its share of the tokens.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_vllm.training.chat import Conversation, Reply, render
+from lora_drop_vllm.training.self_corpus import SELF, self_corpus
 
 DATASET = "datasets:"  # before a name, in the place of a file
 FIELDS = (
@@ -38,11 +41,13 @@ class Corpus:
     Attributes:
         skipped: lines, rows or replies that could not be used
         origin: of what it was read: name, and bytes of the file or rows of the dataset
+        parts: the sources with their shares of the tokens, where these are given
     """
 
     documents: Sequence[str | Conversation | Reply]
     skipped: int
     origin: Sequence[tuple[str, int]] = field(default=(), compare=False)
+    parts: Sequence[tuple[float, Corpus]] = field(default=(), compare=False)
 
     def rendered(self, tokenizer: Any, length: int) -> Corpus:
         """With replies of up to `length` tokens in the place of conversations.
@@ -50,6 +55,8 @@ class Corpus:
         Raises:
             ValueError: none of them can be used, or there is no chat template.
         """
+        if self.parts:
+            return mixture([(share, c.rendered(tokenizer, length)) for share, c in self.parts])
         documents, reasons = render(self.documents, tokenizer, length)
         if not documents:
             raise ValueError(
@@ -63,34 +70,82 @@ def remark(skipped: int) -> str:
     return f"; {skipped} lines or replies of the corpus could not be used" if skipped else ""
 
 
-def read_corpus(sources: Sequence[str | Path]) -> Corpus:
+def read_corpus(sources: Sequence[str | Path], model: str | None = None) -> Corpus:
     """All documents that hold something, of files and of `datasets:NAME[:CONFIG[:SPLIT]]`.
+
+    Args:
+        sources: with shares of the tokens behind them, all of them or none
+        model: whose own text the source `self` is; written on the first call
 
     Raises:
         ValueError: a source cannot be read, is binary, or has nothing in it that can be used.
     """
-    documents: list[str | Conversation] = []
-    skipped, origin = 0, []
-    for source in map(str, sources):
-        if source.startswith(DATASET):
-            found, reasons = _read_dataset(source)
-            origin.append((source, len(found) + len(reasons)))
-        else:
-            found, reasons = _read_file(Path(source))
-            origin.append((Path(source).name, Path(source).stat().st_size))
-        found = [text for text in found if not isinstance(text, str) or text.strip()]
-        if not found:
+    named = [_share(str(source)) for source in sources]
+    shares = [share for _, share in named if share is not None]
+    for name, share in named:
+        if share is None and shares:
             raise ValueError(
-                f"--corpus {source}: "
-                + (
-                    f"nothing can be used; {reasons[0]} ({len(reasons)} such)"
-                    if reasons
-                    else "empty; name a source with text in it"
-                )
+                f"--corpus {name}: other sources have a share; give each source one, as in "
+                f"{name}:0.5, or none"
             )
-        documents += found
-        skipped += len(reasons)
-    return Corpus(documents, skipped, origin)
+    corpora = [_read(name, model) for name, _ in named]
+    return mixture(list(zip(shares, corpora))) if shares else _joined(corpora)
+
+
+def mixture(parts: Sequence[tuple[float, Corpus]]) -> Corpus:
+    """Sources whose tokens are mixed by their shares, which need not add up to one."""
+    whole = _joined([corpus for _, corpus in parts])
+    shares = [share for share, corpus in parts for _ in corpus.origin]
+    origin = [(f"{name}:{share:g}", size) for share, (name, size) in zip(shares, whole.origin)]
+    return replace(whole, origin=origin, parts=tuple(parts))
+
+
+def _joined(corpora: Sequence[Corpus]) -> Corpus:
+    return Corpus(
+        [document for corpus in corpora for document in corpus.documents],
+        sum(corpus.skipped for corpus in corpora),
+        [origin for corpus in corpora for origin in corpus.origin],
+    )
+
+
+def _share(source: str) -> tuple[str, float | None]:
+    """A source and its share, which is what stands behind the last colon if that is a number."""
+    name, _, last = source.rpartition(":")
+    try:
+        share = float(last)
+    except ValueError:
+        return source, None
+    if not name or Path(source).exists():
+        return source, None
+    if not 0 < share < math.inf:
+        raise ValueError(f"--corpus {source}: expected a share above 0 behind the last colon")
+    return name, share
+
+
+def _read(source: str, model: str | None) -> Corpus:
+    """One source."""
+    path = Path(source)
+    if source == SELF and model is not None:
+        path = self_corpus(model)
+        found, reasons = _read_file(path)
+        origin = (SELF, path.stat().st_size)
+    elif source.startswith(DATASET):
+        found, reasons = _read_dataset(source)
+        origin = (source, len(found) + len(reasons))
+    else:
+        found, reasons = _read_file(path)
+        origin = (path.name, path.stat().st_size)
+    found = [text for text in found if not isinstance(text, str) or text.strip()]
+    if not found:
+        raise ValueError(
+            f"--corpus {source}: "
+            + (
+                f"nothing can be used; {reasons[0]} ({len(reasons)} such)"
+                if reasons
+                else "empty; name a source with text in it"
+            )
+        )
+    return Corpus(found, len(reasons), [origin])
 
 
 def _read_file(path: Path) -> tuple[list[str | Conversation], list[str]]:

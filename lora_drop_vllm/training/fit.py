@@ -49,7 +49,8 @@ def fit(
 
     Args:
         model: folder, or a name in the local Hugging Face cache
-        corpus: files (text or JSON lines, also gzipped) or `datasets:NAME[:CONFIG[:SPLIT]]`
+        corpus: files (text or JSON lines, also gzipped), `datasets:NAME[:CONFIG[:SPLIT]]`, or
+            `self` for what the model itself writes; with shares of the tokens, as in `self:0.7`
         settings: which layers drop, k, rank, and how many tokens of the corpus to read
         out: folder of the adapter; made if it is not there
         profile: a `profile.json` that scores the layers; without one they are scored on the
@@ -60,7 +61,7 @@ def fit(
         RuntimeError: the adapter could not be written.
     """
     model, out = str(model), Path(out)
-    texts = read_corpus(corpus)
+    texts = read_corpus(corpus, model)
     base, tokenizer = open_model(model)
     settings.check(base_model(base))
     texts = texts.rendered(tokenizer, settings.length)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.training.checkpoint import Checkpoint
+from lora_drop_vllm.training.mixture import MixedRows
 from lora_drop_vllm.training.objective import Losses, Weights, backward
 from lora_drop_vllm.training.rows import Row, Rows, random_schedule, stack
 
@@ -143,7 +144,7 @@ class Trainer:
     def __init__(
         self,
         model: Any,
-        rows: Rows,
+        rows: Rows | MixedRows,
         plan: Plan,
         seed: int,
         checkpoint: Checkpoint,

@@ -49,7 +49,8 @@ def profile(
 
     Args:
         model: folder, or a name in the local Hugging Face cache
-        corpus: files (text or JSON lines, also gzipped) or `datasets:NAME[:CONFIG[:SPLIT]]`
+        corpus: files (text or JSON lines, also gzipped), `datasets:NAME[:CONFIG[:SPLIT]]`, or
+            `self` for what the model itself writes; with shares of the tokens, as in `self:0.7`
         settings: how much of the corpus to read; with `kl` also what is fitted to each layer
         out: folder to write to; made if it is not there
         criterion: `similarity` (Eq. 17), or `kl` to measure both
@@ -64,7 +65,7 @@ def profile(
     if plots:
         require_matplotlib()
     _check(criterion, rhos)
-    texts = read_corpus(corpus)
+    texts = read_corpus(corpus, model)
     base, tokenizer = open_model(model)
     settings.check(base_model(base))
     texts = texts.rendered(tokenizer, settings.length)

@@ -13,7 +13,8 @@ from lora_drop_vllm.decode.decoder import TOKENS_AT_ONCE, Batch
 from lora_drop_vllm.decode.masks import use_backend
 from lora_drop_vllm.decode.positions import Schedule
 from lora_drop_vllm.training.corpus import Corpus
-from lora_drop_vllm.training.rows import Row, Rows, random_schedule, stack
+from lora_drop_vllm.training.mixture import rows_of
+from lora_drop_vllm.training.rows import Row, random_schedule, stack
 from lora_drop_vllm.training.settings import Settings
 
 HELD_OUT = 8  # every eighth batch is held out, from the second
@@ -71,7 +72,7 @@ def _rows(
     corpus: Corpus, tokenizer: Any, settings: Settings, wanted: int, spread: bool
 ) -> list[Row]:
     """So many rows, or as many as there are; with `spread` one at most begins in a passage."""
-    rows = Rows(corpus, tokenizer, settings.length, settings.seed, turns=True)
+    rows = rows_of(corpus, tokenizer, settings.length, settings.seed, turns=True)
     chosen: list[Row] = []
     while len(chosen) < wanted and not rows.position.epoch:
         chosen.append(next(rows))

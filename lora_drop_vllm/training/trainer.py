@@ -31,7 +31,8 @@ from lora_drop_vllm.training.corpus import Corpus, read_corpus, remark
 from lora_drop_vllm.training.fit import new_config
 from lora_drop_vllm.training.gradient import Devices, Plan, Trainer
 from lora_drop_vllm.training.layerwise import fit_tensors
-from lora_drop_vllm.training.rows import Position, Rows
+from lora_drop_vllm.training.mixture import rows_of
+from lora_drop_vllm.training.rows import Position
 from lora_drop_vllm.training.samples import sample
 from lora_drop_vllm.training.settings import DTYPES, Settings
 
@@ -76,7 +77,8 @@ def train(
 
     Args:
         model: folder, or a name in the local Hugging Face cache
-        corpus: files (text or JSON lines, also gzipped) or `datasets:NAME[:CONFIG[:SPLIT]]`
+        corpus: files (text or JSON lines, also gzipped), `datasets:NAME[:CONFIG[:SPLIT]]`, or
+            `self` for what the model itself writes; with shares of the tokens, as in `self:0.7`
         settings: which layers drop, k, rank and the length of a row
         plan: steps, batch, learning rate and the weights of the losses
         out: folder of the adapter, its log and its checkpoint; made if it is not there
@@ -92,12 +94,10 @@ def train(
     plan.check()
     if plots:
         require_matplotlib()
-    texts = read_corpus(corpus)
+    texts = read_corpus(corpus, model)
     checkpoint = Checkpoint.load(out)
     plan = plan.on_this_machine(checkpoint.run if checkpoint else {})
-    run = asdict(settings) | asdict(plan) | {"from": start, "model": model_name(model)}
-    run["corpus"] = texts.origin
-    run = json.loads(json.dumps(run))
+    run = _described(settings, plan, {"from": start, "model": model_name(model)}, texts)
     if checkpoint:
         checkpoint.check_run(run, out)
     devices = Devices()
@@ -106,12 +106,21 @@ def train(
     if not checkpoint:
         config, tensors = begin(model, base, tokenizer, texts, settings, start, profile)
         checkpoint = Checkpoint(config, run, 0, Position(), tensors)
-    rows = Rows(texts, tokenizer, settings.length, settings.seed, checkpoint.position)
+    rows = rows_of(texts, tokenizer, settings.length, settings.seed, checkpoint.position)
     trainer = Trainer(base, rows, plan, settings.seed, checkpoint, devices)
     log = run_to_the_end(trainer, out, DTYPES[settings.dtype])
     if plots and not devices.number:
         plot_training(log, out / "training.png")
     return TrainResult(out, trainer.adapter.config, trainer.step, log, texts.skipped)
+
+
+def _described(
+    settings: Settings, plan: Plan, further: dict[str, Any], corpus: Corpus
+) -> dict[str, Any]:
+    """The settings that a run goes by, as its checkpoint keeps them."""
+    run = asdict(settings) | asdict(plan) | further | {"corpus": corpus.origin}
+    described: dict[str, Any] = json.loads(json.dumps(run))
+    return described
 
 
 def run_to_the_end(trainer: Trainer, out: Path, dtype: torch.dtype) -> list[dict[str, float]]:

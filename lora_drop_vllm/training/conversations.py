@@ -1,0 +1,287 @@
+"""Documents that a model writes, a batch at a time: conversations, and continued texts."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_drop_vllm.engine.offline_generation import Completion, Generator, Request
+from lora_drop_vllm.training.generated_file import normalized, user_turns
+from lora_drop_vllm.training.turns import Message, Turns, repeats
+
+USER_TOKENS = 256  # of a user's turn, at most
+USER_TOP_P = 0.99  # of a user's turn, at temperature 1
+SPARE = 512  # tokens of a context for headers and a system prompt
+OPENING = 32  # tokens of a text that is to be continued
+REPEATED = "repeated turn"
+LEAST = 16  # tokens of a continuation
+SYSTEMS = (
+    "",
+    "You are a helpful assistant.",
+    "You are a concise assistant. Answer in one or two sentences.",
+    "You are a patient teacher. Explain step by step, in simple words.",
+    "You are an experienced programmer. Answer with code where it helps.",
+    "You are a creative writer with a vivid style.",
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What decides the text.
+
+    Attributes:
+        max_tokens: of a reply or a continuation
+        turns: of a conversation, at most; fewer are likelier
+        greedy: share of the documents that are greedy
+        temperature: of the other replies
+        system: system prompts that half of the conversations begin with; the others give none
+    """
+
+    seed: int = 0
+    max_tokens: int = 512
+    turns: int = 3
+    greedy: float = 0.5
+    temperature: float = 0.8
+    system: tuple[str, ...] = SYSTEMS
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be, naming the flag."""
+        for ok, flag, value, allowed in (
+            (self.max_tokens >= LEAST, "max-tokens", self.max_tokens, f"{LEAST} or more"),
+            (self.turns >= 1, "turns", self.turns, "1 or more"),
+            (0 <= self.greedy <= 1, "greedy", self.greedy, "0 to 1; write 0.5 for half"),
+            (self.temperature > 0, "temperature", self.temperature, "more than 0; see --greedy"),
+        ):
+            if not ok:
+                raise ValueError(f"--{flag} {value}: expected {allowed}")
+
+    def random(self, *what: Any) -> random.Random:
+        """A source of chance for something, the same in every run."""
+        return random.Random("/".join(map(str, (self.seed, *what))))
+
+    def request(self, tokens: list[int], greedy: bool, *what: Any, **stop: Any) -> Request:
+        """A request for a reply or a continuation."""
+        temperature = 0.0 if greedy else self.temperature
+        seed = self.random(*what).getrandbits(31)
+        return Request(tokens, self.max_tokens, seed, temperature, **stop)
+
+
+@dataclass
+class Talk:
+    """A conversation on its way."""
+
+    number: int
+    messages: list[Message]
+    turns: int
+    greedy: bool
+    tokens: int = 0
+    open: bool = True
+
+
+class Conversations:
+    """Conversations by attempt: user's turns sampled or given, replies behind them.
+
+    Args:
+        asked: messages to answer once each, by attempt; without them user's turns are sampled
+
+    Attributes:
+        context: tokens that the longest conversation may have
+    """
+
+    def __init__(
+        self, tokenizer: Any, settings: Generation, asked: Sequence[list[Message]] | None
+    ) -> None:
+        self._turns, self._settings, self._asked = Turns(tokenizer), settings, asked
+        self.context = settings.turns * (USER_TOKENS + settings.max_tokens) + SPARE
+        for messages in asked or ():
+            needed = len(self._turns.reply_prompt(messages)) + settings.max_tokens
+            self.context = max(self.context, needed)
+
+    def write(
+        self,
+        numbers: Sequence[int],
+        engine: Generator,
+        context: int,
+        known: set[str],
+        excluded: set[str],
+        say: Callable[[str], Any],
+    ) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """Records of the attempts that came to something, and turns left out by reason.
+
+        Args:
+            context: tokens of a prompt and its continuation
+            known: first turns of earlier batches, that must not come again
+            excluded: user's turns that must not come at all
+            say: told which turn is being made
+        """
+        talks = [self._begin(number) for number in numbers]
+        left_out: Counter[str] = Counter()
+        for turn in range(max(talk.turns for talk in talks)):
+            for role in ("user", "assistant"):
+                say(f"turn {turn + 1}, {role}")
+                going = [
+                    talk
+                    for talk in talks
+                    if talk.open
+                    and turn < talk.turns
+                    and (role == "assistant" or not _waits_for_reply(talk.messages))
+                ]
+                self._add_turns(going, role, engine, context, left_out)
+                if role == "user" and self._asked is None:
+                    _end_repetitions(going, known, excluded, left_out)
+        records, known = [], set(known)
+        for talk in talks:
+            if talk.tokens:
+                record = _record(talk)
+                first = user_turns(record)[0]
+                if self._asked is None and first in known:  # of this batch: told only now
+                    left_out[REPEATED] += 1
+                else:
+                    records.append(record)
+                    known.add(first)
+        return records, left_out
+
+    def _begin(self, number: int) -> Talk:
+        chance = self._settings.random(number)
+        greedy = chance.random() < self._settings.greedy
+        if self._asked is not None:
+            return Talk(number, list(self._asked[number]), 1, greedy)
+        lengths = range(1, self._settings.turns + 1)
+        turns = chance.choices(lengths, [1 / length for length in lengths])[0]
+        system = chance.choice(self._settings.system) if self._settings.system else None
+        given = system is not None and self._turns.system and chance.random() < 0.5
+        return Talk(number, [{"role": "system", "content": system}] if given else [], turns, greedy)
+
+    def _add_turns(
+        self,
+        talks: Sequence[Talk],
+        role: str,
+        engine: Generator,
+        context: int,
+        left_out: Counter[str],
+    ) -> None:
+        """The next turn of each conversation, or its end."""
+        requests, asked = [], []
+        for talk in talks:
+            request = self._request(talk, role)
+            if len(request.tokens) + request.max_tokens > context:
+                talk.open = False
+                left_out["too long"] += 1
+            else:
+                requests.append(request)
+                asked.append(talk)
+        for talk, answer in zip(asked, engine(requests) if requests else ()):
+            if fault := self._turns.fault(answer, role):
+                talk.open = False
+                left_out[fault] += 1
+                continue
+            talk.messages.append({"role": role, "content": answer.text.strip()})
+            if role == "assistant":
+                talk.tokens += len(answer.tokens)
+                if answer.end == "length":
+                    talk.messages[-1]["cut"] = True
+                    talk.open = False
+
+    def _request(self, talk: Talk, role: str) -> Request:
+        what = (talk.number, len(talk.messages), role)
+        if role == "assistant":
+            ending = self._turns.assistant
+            return self._settings.request(
+                self._turns.reply_prompt(talk.messages),
+                talk.greedy,
+                *what,
+                stop=ending.tokens,
+                stop_text=ending.text,
+            )
+        seed = self._settings.random(*what).getrandbits(31)
+        prompt, ending = self._turns.user_prompt(talk.messages), self._turns.user
+        return Request(prompt, USER_TOKENS, seed, 1.0, USER_TOP_P, ending.tokens, ending.text)
+
+
+class Continuations:
+    """Texts by attempt: openings, or nothing, continued by a model without a chat template.
+
+    Args:
+        openings: texts; the first tokens of them are continued
+
+    Attributes:
+        context: tokens that the longest text may have
+    """
+
+    def __init__(self, tokenizer: Any, settings: Generation, openings: Sequence[str]) -> None:
+        self._tokenizer, self._settings, self._openings = tokenizer, settings, openings
+        self.context = OPENING + settings.max_tokens
+
+    def write(
+        self,
+        numbers: Sequence[int],
+        engine: Generator,
+        context: int,
+        known: set[str],
+        excluded: set[str],
+        say: Callable[[str], Any],
+    ) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """Records of the attempts that came to something, and texts left out by reason."""
+        prompts = [self._opening(number) for number in numbers]
+        greedy = [
+            bool(self._openings) and self._settings.random(number).random() < self._settings.greedy
+            for number in numbers
+        ]  # nothing has one greedy continuation only
+        requests = [
+            self._settings.request(prompt, is_greedy, number)
+            for prompt, is_greedy, number in zip(prompts, greedy, numbers)
+        ]
+        say("continuations")
+        records, left_out = [], Counter[str]()
+        for number, prompt, is_greedy, answer in zip(numbers, prompts, greedy, engine(requests)):
+            if fault := _text_fault(answer):
+                left_out[fault] += 1
+                continue
+            text = self._tokenizer.decode(prompt, skip_special_tokens=True) + answer.text
+            record = {"text": text, "number": number, "greedy": is_greedy}
+            records.append(record | {"tokens": len(answer.tokens)})
+        return records, left_out
+
+    def _opening(self, number: int) -> list[int]:
+        """Tokens to continue: those of an opening, or the one that begins a text."""
+        if not self._openings:
+            tokenizer = self._tokenizer
+            begin = tokenizer.bos_token_id
+            return [tokenizer.eos_token_id if begin is None else begin]
+        text = self._openings[number % len(self._openings)]
+        tokens: list[int] = self._tokenizer(text[: 16 * OPENING]).input_ids[:OPENING]
+        return tokens
+
+
+def _waits_for_reply(messages: Sequence[Message]) -> bool:
+    return bool(messages) and messages[-1]["role"] == "user"
+
+
+def _end_repetitions(
+    talks: Sequence[Talk], known: set[str], excluded: set[str], left_out: Counter[str]
+) -> None:
+    """End conversations whose last turn came before."""
+    for talk in talks:
+        if not talk.open:
+            continue
+        turns = [normalized(m["content"]) for m in talk.messages if m["role"] == "user"]
+        if turns[-1] in excluded or turns[-1] in (turns[:-1] or known):
+            talk.open = False
+            left_out[REPEATED] += 1
+
+
+def _record(talk: Talk) -> dict[str, Any]:
+    messages = talk.messages
+    if _waits_for_reply(messages):
+        messages = messages[:-1]  # its reply could not be used
+    made = {"number": talk.number, "greedy": talk.greedy, "tokens": talk.tokens}
+    return {"messages": messages} | made
+
+
+def _text_fault(answer: Completion) -> str | None:
+    if answer.end == "repetition" or repeats(answer.tokens):
+        return "repetition"
+    return "too short" if len(answer.tokens) < LEAST else None

@@ -1,0 +1,175 @@
+"""`lora-drop generate`: text from the model itself, the kind of text that it is served with.
+
+Conversations: a user's turn is sampled behind the empty user header of the model's own chat
+template, then answered (the idea of Magpie, arXiv 2406.08464); or the prompts of a file are
+answered. A model without a template continues openings. An attempt depends on the seed and its
+number alone, and a batch is appended when it is done, so a killed run resumes where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lora_drop_vllm.decode.pretrained import context_length, model_digest, model_name
+from lora_drop_vllm.engine.offline_generation import start_engine
+from lora_drop_vllm.training.conversations import (
+    USER_TOKENS,
+    USER_TOP_P,
+    Continuations,
+    Conversations,
+    Generation,
+)
+from lora_drop_vllm.training.generated_file import (
+    Generated,
+    GeneratedFile,
+    alone,
+    read_user_turns,
+)
+from lora_drop_vllm.training.turns import Message
+
+COUNT = 300  # documents by default: a hundred thousand tokens or so
+BARREN = 256  # attempts in a row without anything usable: the model cannot do it
+
+
+def generate(
+    model: str,
+    out: Path,
+    settings: Generation,
+    *,
+    count: int | None = None,
+    batch: int = 64,
+    prompts: Path | None = None,
+    openings: Sequence[str] = (),
+    exclude: Sequence[str | Path] = (),
+    start: Callable[[str, int, int], Any] = start_engine,
+) -> Generated:
+    """Write documents of a model to `out`, or resume the run that is in it, up to `count`.
+
+    Args:
+        count: documents to have (300); with `prompts` no more than these, all of them by default
+        batch: documents at a time; also what a kill can cost
+        prompts: conversations to answer, in place of sampled ones
+        openings: texts whose beginnings a model without a chat template continues
+        exclude: files of conversations whose user turns must not come again
+        start: of the engine, for a model, a batch and a context
+
+    Raises:
+        ValueError: settings, prompts, or a file in `out` that was made otherwise.
+        RuntimeError: the model gives nothing that can be used.
+    """
+    from transformers import AutoTokenizer
+
+    settings.check()
+    asked = read_prompts(prompts) if prompts else None
+    count = COUNT if count is None and asked is None else count
+    made_by = {"model": model_name(model), "digest": model_digest(model), **asdict(settings)}
+    made_by |= {"prompts": prompts and digest(prompts.read_bytes())}
+    made_by |= {"openings": len(openings) and digest("\n".join(openings).encode())}
+    made_by |= {"user_tokens": USER_TOKENS, "user_top_p": USER_TOP_P}
+    made_by |= {"exclude": [Path(path).name for path in exclude]}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    writer: Any
+    if getattr(tokenizer, "chat_template", None):
+        writer = Conversations(tokenizer, settings, asked)
+    else:
+        texts = [messages[-1]["content"] for messages in asked or ()] or openings
+        writer = Continuations(tokenizer, settings, texts)
+    excluded = {turn for path in exclude for turn in read_user_turns(Path(path))}
+    most = len(asked) if asked else None
+    with alone(out):
+        file = GeneratedFile(out, made_by)
+        if not _done(file, count, most):
+            context = min(writer.context, context_length(model))
+            engine = start(model, batch, context)
+            file.add([], 0, Counter(), engine.facts)  # from here on the file is known as ours
+            _run(writer, engine, file, context, excluded, count, batch, most)
+    return file.report()
+
+
+def digest(content: bytes) -> str:
+    """Twelve hex digits of a content."""
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _done(file: GeneratedFile, count: int | None, most: int | None) -> bool:
+    enough = count is not None and file.documents >= count
+    return enough or (most is not None and file.attempts >= most)
+
+
+def _run(
+    writer: Any,
+    engine: Any,
+    file: GeneratedFile,
+    context: int,
+    excluded: set[str],
+    count: int | None,
+    batch: int,
+    most: int | None,
+) -> None:
+    barren = 0
+    total = count if most is None else min(count or most, most)
+    with tqdm(total=total, initial=file.documents, desc="Generating", unit="document") as progress:
+        while not _done(file, count, most):
+            size = batch if count is None else min(batch, 2 * (count - file.documents) + 8)
+            last = min(file.attempts + size, most or file.attempts + size)
+            numbers = range(file.attempts, last)
+            began = time.monotonic()
+            records, left_out = writer.write(
+                numbers, engine, context, file.turns, excluded, progress.set_description
+            )
+            if count is not None and len(records) > count - file.documents:
+                records = records[: count - file.documents]
+                last = records[-1]["number"] + 1
+            file.add(records, last - file.attempts, left_out, engine.facts)
+            speed = sum(record["tokens"] for record in records) / (time.monotonic() - began)
+            progress.update(len(records))
+            progress.set_postfix(tokens_per_s=f"{speed:.0f}")
+            barren = 0 if records else barren + len(numbers)
+            if barren >= BARREN:
+                raise RuntimeError(
+                    f"{file.path}: the last {barren} attempts gave nothing that can be used "
+                    f"({dict(file.left_out)}); the model may not be a chat model: give "
+                    "--prompts, or train on other text"
+                )
+
+
+def read_prompts(path: Path) -> list[list[Message]]:
+    """Conversations that wait for a reply: `messages` or a `prompt` of JSON lines, or plain lines.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is none.
+    """
+    found: list[list[Message]] = []
+    try:
+        lines = path.read_text().splitlines()
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                found.append(_prompt(line, path.suffix == ".jsonl", number))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--prompts {path}: cannot be used ({error})") from error
+    if not found:
+        raise ValueError(f"--prompts {path}: empty; name a file with prompts in it")
+    return found
+
+
+def _prompt(line: str, jsonl: bool, number: int) -> list[Message]:
+    if not jsonl:
+        return [{"role": "user", "content": line.strip()}]
+    raw = json.loads(line)
+    if isinstance(raw, dict) and isinstance(raw.get("prompt"), str):
+        return [{"role": "user", "content": raw["prompt"]}]
+    messages: list[Message] = list(raw.get("messages", ())) if isinstance(raw, dict) else []
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    if not messages:
+        raise ValueError(f"line {number} has neither a `prompt` nor `messages` with a user's")
+    return messages

@@ -1,0 +1,103 @@
+"""Rows of several sources, mixed by their shares of the tokens."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from lora_drop_vllm.training.corpus import Corpus
+from lora_drop_vllm.training.rows import Position, Row, Rows
+
+
+class MixedPosition(NamedTuple):
+    """Where a row of a mixture begins.
+
+    Attributes:
+        parts: where the next row of each source begins
+        given: tokens that came from each so far
+    """
+
+    parts: tuple[Position, ...]
+    given: tuple[int, ...]
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the source that was read the most often."""
+        return max(part.epoch for part in self.parts)
+
+
+class MixedRows:
+    """Endless packed rows, each of one source: the one that is furthest behind its share.
+
+    So the shares hold from the first rows on, whatever the sizes of the sources; a small source
+    comes again and again. Arguments and attributes are those of `Rows`.
+
+    Raises:
+        ValueError: a source is shorter than one row.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Any,
+        length: int,
+        seed: int,
+        position: MixedPosition | Position | None = None,
+        turns: bool = False,
+    ) -> None:
+        whole = sum(share for share, _ in corpus.parts)
+        self.length = length
+        self._shares = [share / whole for share, _ in corpus.parts]
+        self._rows = [Rows(part, tokenizer, length, seed, turns=turns) for _, part in corpus.parts]
+        self._given = [0] * len(self._rows)
+        self._last = 0
+        if isinstance(position, MixedPosition):  # a run begins at a plain one
+            self.position = position
+
+    @property
+    def position(self) -> MixedPosition:
+        """Of the next row; a second object that starts there goes on alike."""
+        return MixedPosition(tuple(rows.position for rows in self._rows), tuple(self._given))
+
+    @position.setter
+    def position(self, position: MixedPosition) -> None:
+        for rows, part in zip(self._rows, position.parts):
+            rows.position = part
+        self._given = list(position.given)
+
+    def __iter__(self) -> MixedRows:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Row:
+        """The next row, from `position`."""
+        half = self.length / 2  # the nearest whole number of rows to each share
+        late = [(given + half) / share for given, share in zip(self._given, self._shares)]
+        self._last = late.index(min(late))
+        row = next(self._rows[self._last])
+        self._given[self._last] += len(row.tokens)
+        return row
+
+    def leave_passage(self) -> None:
+        """Leave out what remains of the passage that the last row ended in."""
+        self._rows[self._last].leave_passage()
+
+
+def rows_of(
+    corpus: Corpus,
+    tokenizer: Any,
+    length: int,
+    seed: int,
+    position: Position | MixedPosition | None = None,
+    turns: bool = False,
+) -> Rows | MixedRows:
+    """The rows of a corpus, mixed where its sources have shares."""
+    kind: Any = MixedRows if corpus.parts else Rows
+    return kind(corpus, tokenizer, length, seed, position, turns)
+
+
+def read_position(raw: list[Any]) -> Position | MixedPosition:
+    """A position as JSON gives it back."""
+    if raw and isinstance(raw[0], list):
+        parts, given = raw
+        return MixedPosition(tuple(Position(*part) for part in parts), tuple(given))
+    return Position(*raw)
