@@ -18,7 +18,7 @@ Graph = dict[str, set[str]]  # module to the modules that it imports
 # from the bottom up; places in one row may import each other unless APART says no
 ORDER = (
     # helpers, the package itself and its data: they import nothing of ours
-    ("lora_drop_vllm", "adapters", "atomic_files", "plots", "server_process"),
+    ("lora_drop_vllm", "adapters", "atomic_files", "cache", "plots", "server_process"),
     ("method", "kernels"),
     ("config",),
     ("engine", "decode"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import ArgumentParser
 from pathlib import Path
 
-from lora_drop_vllm.cli.values import count, flag, layer_numbers, numbers, positive, shares
+from lora_drop_vllm.cli.values import MODEL, count, flag, numbers, positive, shares
 
 SYSTEMS = "an empty one, and five that name a helpful, terse or expert assistant"
-MODEL = "model folder, or a name in the local Hugging Face cache"
 
 
 def demo_flags(parser: ArgumentParser) -> None:
@@ -49,143 +48,6 @@ def cost_flags(parser: ArgumentParser) -> None:
     flag(parser, cost, "dtype", "dtype of the KV cache", choices=BYTES)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw it (needs matplotlib)")
-
-
-def fit_flags(parser: ArgumentParser) -> None:
-    """Flags of `lora-drop fit`."""
-    from lora_drop_vllm.training.settings import Settings
-
-    _input_flags(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
-    _adapter_flags(parser)
-    _layer_flags(parser)
-    flag(parser, Settings, "tokens", "tokens of the corpus to read, at most")
-
-
-def generate_flags(parser: ArgumentParser) -> None:
-    """Flags of `lora-drop generate`."""
-    from lora_drop_vllm.training.conversations import Generation
-    from lora_drop_vllm.training.generate import COUNT, generate
-
-    parser.add_argument("model", help=MODEL)
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="JSON lines to write, or to resume"
-    )
-    flag(
-        parser,
-        generate,
-        "count",
-        f"documents to have in the file (default: {COUNT}, or an answer to each prompt)",
-        type=positive,
-    )
-    flag(parser, generate, "batch", "documents at a time, and what a kill costs", type=positive)
-    for name, meaning in (
-        ("seed", "decides turns, system prompts and samples"),
-        ("turns", "user turns in a conversation, at most"),
-        ("max_tokens", "tokens of a reply or a continuation, at most"),
-        ("greedy", "share of documents whose replies are greedy"),
-        ("temperature", "temperature of the other replies"),
-    ):
-        flag(parser, Generation, name, meaning)
-    for name, metavar, meaning in (
-        ("system", "TEXT", f"system prompts of half of the conversations (default: {SYSTEMS})"),
-        ("corpus", "SOURCE", "texts whose openings a model without a chat template continues"),
-        ("exclude", "FILE", "conversations whose user turns must not come again"),
-    ):
-        parser.add_argument(f"--{name}", nargs="+", default=[], metavar=metavar, help=meaning)
-    flag(
-        parser,
-        generate,
-        "prompts",
-        "prompts to answer, instead of the model's own: lines of text, or of JSON with a `prompt` "
-        "or `messages`",
-        type=Path,
-    )
-
-
-def train_flags(parser: ArgumentParser) -> None:
-    """Flags of `lora-drop train`."""
-    from lora_drop_vllm.decode.masks import BACKENDS
-    from lora_drop_vllm.training.gradient import Plan
-    from lora_drop_vllm.training.settings import Settings
-    from lora_drop_vllm.training.trainer import train
-
-    _input_flags(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
-    _adapter_flags(parser)
-    _layer_flags(parser)
-    flag(
-        parser,
-        train,
-        "start",
-        "begin with a fitted adapter (fit), with B = 0 and g = 1 (zero), or with the adapter in a "
-        "folder",
-        "--from",
-        metavar="{fit,zero,DIR}",
-    )
-    flag(parser, Settings, "tokens", "tokens of the corpus that --from fit reads, at most")
-    for name, meaning in (
-        ("steps", "optimizer steps"),
-        ("batch", "rows in a batch, on each device"),
-        ("accumulate", "batches in an optimizer step"),
-        ("lr", "highest learning rate"),
-        ("warmup", "steps until the highest learning rate; then it falls along a cosine"),
-        ("clip", "norm of the gradient, at most"),
-        ("ce", "weight of the next-token cross-entropy"),
-        ("kl", "weight of KL(base || student)"),
-        ("hidden", "weight of the distance of the hidden states"),
-        ("refresh_weight", "weight of the prediction of a refresh; that of a LoRA step weighs 1"),
-        ("save_every", "steps between two checkpoints"),
-        ("checkpointing", "recompute layers in the backward pass: less memory, more time"),
-    ):
-        flag(parser, Plan, name, meaning)
-    parser.add_argument(
-        "--bf16",
-        action=BooleanOptionalAction,
-        help="compute in bfloat16; the adapter stays in float32 (default: where the processor has "
-        "instructions for it)",
-    )
-    parser.add_argument(
-        "--attention",
-        choices=BACKENDS,
-        help="attention backend (default: matmul on CPUs in bfloat16, else sdpa)",
-    )
-    flag(parser, train, "plots", "also draw the curves (needs matplotlib)")
-
-
-def profile_flags(parser: ArgumentParser) -> None:
-    """Flags of `lora-drop profile`."""
-    from lora_drop_vllm.training.profiler import TOKENS, profile
-    from lora_drop_vllm.training.settings import CRITERIA
-
-    _input_flags(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
-    flag(
-        parser,
-        profile,
-        "criterion",
-        "kl also fits and drops each layer alone, and up to 8 runs of layers for each --rho; one "
-        "such run takes about as long as `fit`",
-        choices=CRITERIA,
-    )
-    flag(parser, profile, "distances", "token distances of the similarity", type=numbers)
-    flag(
-        parser,
-        profile,
-        "rhos",
-        "shares of the eligible layers to choose drop layers for",
-        "--rho",
-        type=shares,
-    )
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        default=TOKENS,
-        metavar="N",
-        help=f"tokens of the corpus to read, at most (default: {TOKENS})",
-    )
-    _adapter_flags(parser)
-    flag(parser, profile, "plots", "also draw figures (needs matplotlib)")
 
 
 def evaluate_flags(parser: ArgumentParser) -> None:
@@ -244,69 +106,3 @@ def _decoding_flags(parser: ArgumentParser) -> None:
         "run_code",
         "run the programs that the model writes for HumanEval on this machine, in a sandbox",
     )
-
-
-def _input_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help=MODEL)
-    parser.add_argument(
-        "--corpus",
-        default=["self"],
-        nargs="+",
-        metavar="SOURCE",
-        help="text to learn from (default: self, conversations that the model itself writes once "
-        "into your cache folder); text files; .jsonl files whose lines have a field `text`, or "
-        "`messages` of a chat (both also as .gz); or datasets:NAME[:CONFIG[:SPLIT]], a Hugging "
-        "Face dataset with such a column. SOURCE:SHARE mixes by tokens: self:0.7 books.txt:0.3",
-    )
-
-
-def _adapter_flags(parser: ArgumentParser) -> None:
-    """What an adapter is made for."""
-    from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
-    from lora_drop_vllm.training.settings import Settings
-
-    flag(parser, Settings, "k", "LoRA steps between two full steps")
-    flag(parser, Settings, "rank", "rank r of the low-rank correction")
-    flag(parser, Settings, "reuse", "what a drop layer reuses", choices=REUSE)
-    flag(
-        parser,
-        Settings,
-        "kv",
-        "what a LoRA step does with the KV of the drop layers",
-        choices=KV_MODES,
-    )
-    flag(
-        parser,
-        Settings,
-        "injection",
-        "one correction for a whole layer, or one each for attention and MLP",
-        choices=SITES,
-    )
-    flag(parser, Settings, "length", "tokens in a row")
-    flag(parser, Settings, "seed", "decides the order of the text, the prompts and the phases")
-
-
-def _layer_flags(parser: ArgumentParser) -> None:
-    """Which layers drop, and the file that an adapter becomes."""
-    from lora_drop_vllm.method.layers import CHOICES
-    from lora_drop_vllm.training.settings import CRITERIA, DTYPES, RHO, Settings
-
-    rho = f"share of the eligible layers that drop (default: {RHO})"
-    flag(parser, Settings, "rho", rho, type=float)
-    flag(
-        parser,
-        Settings,
-        "layers",
-        f"how the drop layers are chosen: {', '.join((*CHOICES, *CRITERIA))}; or their numbers, "
-        "such as 10-16 or 3,5,9",
-        type=layer_numbers,
-        metavar="CHOICE",
-    )
-    parser.add_argument(
-        "--profile",
-        type=Path,
-        metavar="FILE",
-        help="profile.json by which contiguous, similarity and kl choose the layers (default: "
-        "similarity and kl are measured on the corpus)",
-    )
-    flag(parser, Settings, "dtype", "dtype of the adapter's file", choices=DTYPES)

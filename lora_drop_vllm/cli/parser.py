@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_drop_vllm import __version__
-from lora_drop_vllm.cli import commands, flags
+from lora_drop_vllm.cli import commands, flags, training_flags
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ COMMANDS = {
             "lora-drop fit ./model --corpus books.txt --layers kl --profile p/profile.json "
             "--out ./adapter",
         ),
-        add_flags=flags.fit_flags,
+        add_flags=training_flags.fit_flags,
         run=commands.run_fit,
     ),
     "generate": Command(
@@ -91,7 +91,7 @@ COMMANDS = {
             "lora-drop generate ./model --prompts questions.txt --greedy 1 --out answers.jsonl",
             "lora-drop generate ./base-model --corpus books.txt --out continuations.jsonl",
         ),
-        add_flags=flags.generate_flags,
+        add_flags=training_flags.generate_flags,
         run=commands.run_generate,
     ),
     "train": Command(
@@ -108,7 +108,7 @@ COMMANDS = {
             "--out ./b",
             "accelerate launch -m lora_drop_vllm.cli train ./model --corpus web.jsonl.gz --out ./c",
         ),
-        add_flags=flags.train_flags,
+        add_flags=training_flags.train_flags,
         run=commands.run_train,
     ),
     "profile": Command(
@@ -121,7 +121,7 @@ COMMANDS = {
             "lora-drop profile ./model --corpus web.jsonl.gz --criterion kl --rank 64 "
             "--out ./profile",
         ),
-        add_flags=flags.profile_flags,
+        add_flags=training_flags.profile_flags,
         run=commands.run_profile,
     ),
     "evaluate": Command(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+MODEL = "model folder, or a name in the local Hugging Face cache"  # help of every command
+
 
 def flag(
     parser: Any,
