@@ -123,11 +123,18 @@ class Serve:
         cleanup_dist_env_and_memory()
 
 
-def replay(steps: list[Step], request_id: str, prompt: list[int], oracle: Oracle) -> list[int]:
+def replay(
+    steps: list[Step],
+    request_id: str,
+    prompt: list[int],
+    oracle: Oracle,
+    forgets: bool = False,
+) -> list[int]:
     """Feed the oracle the steps that a request went through; returns its generated tokens.
 
     A request that starts over at a lower position was preempted: all its tokens are a prompt
-    again.
+    again. With `forgets`, the engine then drops the token of a step that was under way; prompts must
+    come in one piece.
     """
     oracle.tokens = list(prompt)
     prompted, computed = False, 0
@@ -137,6 +144,8 @@ def replay(steps: list[Step], request_id: str, prompt: list[int], oracle: Oracle
             continue
         if position < computed:
             prompted = False
+            if forgets:
+                del oracle.tokens[position + count :]
         computed = position + count
         if computed < len(oracle.tokens):
             assert step.kind == "full", "a chunk of a prompt ran in a LoRA step"
