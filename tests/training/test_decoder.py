@@ -46,8 +46,7 @@ def oracle_logits(model: Any, config: Any, tensors: Any, tokens: Tensor, schedul
 def own_positions(x: Tensor, schedule: Schedule) -> Tensor:
     """The same positions out of [N, T, ...]."""
     order = schedule.sequence.flatten().argsort(stable=True)
-    real = schedule.sequence.flatten()[order] >= 0
-    return x.flatten(0, 1)[order[real]]
+    return x.flatten(0, 1)[order[schedule.sequence.flatten()[order] >= 0]]
 
 
 def test_schedule_is_the_served_one() -> None:
