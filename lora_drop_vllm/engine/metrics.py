@@ -27,6 +27,7 @@ BLOCKS = "kv_blocks"
 COUNTERS = {
     "full_steps": "Engine steps in which every layer ran.",
     "lora_steps": "Engine steps in which the drop layers ran the low-rank update instead.",
+    "prompt_steps": "Full steps that held tokens of a prompt.",
     "kv_slots_written": "KV slots written by a drop layer (the same for each of them).",
     "kv_slots_skipped": "KV slots a drop layer did not write, which the stock model would have.",
 }
