@@ -16,6 +16,7 @@ import environment  # first
 import pytest
 import tiny
 import torch
+from chat_models import make_chat_model
 from serving import Serve
 
 
@@ -72,6 +73,12 @@ def smooth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tiny.make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny model with a chat template."""
+    return str(make_chat_model(tmp_path_factory.mktemp("chat") / "model", "qwen2"))
 
 
 @pytest.fixture(scope="session")

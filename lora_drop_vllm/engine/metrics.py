@@ -21,6 +21,7 @@ BLOCKS = "kv_blocks"
 COUNTERS = {
     "full_steps": "Engine steps in which every layer ran.",
     "lora_steps": "Engine steps in which the drop layers ran the low-rank update instead.",
+    "prompt_steps": "Full steps that held tokens of a prompt.",
     "kv_slots_written": "KV slots that each drop layer wrote.",
     "kv_slots_skipped": "KV slots that each drop layer left out and the stock model would write.",
 }

@@ -104,6 +104,7 @@ class StepTotals:
 
     full_steps: int = 0
     lora_steps: int = 0
+    prompt_steps: int = 0  # full steps with tokens of a prompt
     kv_slots_written: int = 0
     kv_slots_skipped: int = 0
 
@@ -170,10 +171,11 @@ class PhaseTracker:
         """Decides the kind of a step, plans its rows and advances each request's phase."""
         batch = [(s, self._tracked[s.request_id]) for s in scheduled]
         # several tokens can only come from a prompt, whatever the engine calls them
-        kind = step_kind(
+        phases = [
             RequestPhase(s.position < t.prompt_end or s.num_tokens != 1, t.phase, t.k)
             for s, t in batch
-        )
+        ]
+        kind = step_kind(phases)
         rows = {s.request_id: Row(t.slot, s.position - t.holes, s.num_tokens) for s, t in batch}
         if not batch:
             return StepPlan(kind, rows)
@@ -184,6 +186,7 @@ class PhaseTracker:
             tracked.holes += int(lora and self.kv_skips)
         self.totals.full_steps += not lora
         self.totals.lora_steps += lora
+        self.totals.prompt_steps += any(phase.has_prompt_tokens for phase in phases)
         if lora and self.kv_skips:
             self.totals.kv_slots_skipped += num_tokens
         else:

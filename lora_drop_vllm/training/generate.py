@@ -72,17 +72,8 @@ def generate(
     asked = read_prompts(prompts) if prompts else None
     count = COUNT if count is None and asked is None else count
     made_by = {"model": model_name(model), "digest": model_digest(model), **asdict(settings)}
-    made_by |= {"prompts": prompts and digest(prompts.read_bytes())}
-    made_by |= {"openings": len(openings) and digest("\n".join(openings).encode())}
-    made_by |= {"user_tokens": USER_TOKENS, "user_top_p": USER_TOP_P}
-    made_by |= {"exclude": [Path(path).name for path in exclude]}
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    writer: Any
-    if getattr(tokenizer, "chat_template", None):
-        writer = Conversations(tokenizer, settings, asked)
-    else:
-        texts = [messages[-1]["content"] for messages in asked or ()] or openings
-        writer = Continuations(tokenizer, settings, texts)
+    made_by |= _source(prompts, openings, exclude)
+    writer = _writer(AutoTokenizer.from_pretrained(model), settings, asked, openings)
     excluded = {turn for path in exclude for turn in read_user_turns(Path(path))}
     most = len(asked) if asked else None
     with alone(out):
@@ -93,6 +84,29 @@ def generate(
             file.add([], 0, Counter(), engine.facts)  # from here on the file is known as ours
             _run(writer, engine, file, context, excluded, count, batch, most)
     return file.report()
+
+
+def _source(
+    prompts: Path | None, openings: Sequence[str], exclude: Sequence[str | Path]
+) -> dict[str, Any]:
+    """What else decides the documents, for the record."""
+    return {
+        "prompts": prompts and digest(prompts.read_bytes()),
+        "openings": len(openings) and digest("\n".join(openings).encode()),
+        "user_tokens": USER_TOKENS,
+        "user_top_p": USER_TOP_P,
+        "exclude": [Path(path).name for path in exclude],
+    }
+
+
+def _writer(
+    tokenizer: Any, settings: Generation, asked: Sequence[Any] | None, openings: Sequence[str]
+) -> Any:
+    """Writes conversations; without a chat template, continuations."""
+    if getattr(tokenizer, "chat_template", None):
+        return Conversations(tokenizer, settings, asked)
+    texts = [messages[-1]["content"] for messages in asked or ()] or openings
+    return Continuations(tokenizer, settings, texts)
 
 
 def digest(content: bytes) -> str:

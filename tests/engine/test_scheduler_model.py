@@ -161,6 +161,7 @@ class Life(RuleBasedStateMachine):
         totals = engine.scheduler.tracker.totals
         assert [totals.kv_slots_written, totals.kv_slots_skipped] == engine.slots
         assert totals.full_steps + totals.lora_steps == len(engine.kinds)
+        assert totals.prompt_steps == engine.num_prompted
         self.seen.update(
             steps=len(engine.kinds),
             lives=1,

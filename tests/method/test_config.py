@@ -63,7 +63,7 @@ BAD_SETTINGS = [
     (UNTRAINED | {"request_k": {"min": True}}, r"lora_drop\.request_k=\{'min': True\}: expected t"),
     (
         UNTRAINED | {"request_k": {"min": -1}},
-        r"request_k=\{'min': -1\}: expected a floor from 0 to 3",
+        r"request_k=\{'min': -1\}: expected true or false",
     ),
     (UNTRAINED | {"k": 1, "request_k": {"min": 2}}, r"expected a floor from 0 to 1, the served k"),
     (UNTRAINED | {"prompts": "later"}, r"lora_drop\.prompts='later': expected one of wait, now"),

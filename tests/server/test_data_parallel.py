@@ -35,7 +35,7 @@ def test_the_reports_of_an_engine_add_up_whoever_gets_them() -> None:
 
     reported, servers = StepTotals(), (Counter[str](), Counter[str]())
     for n in range(1, 6):
-        totals, stats = StepTotals(n, 2 * n, 3 * n, 4 * n), SchedulerStats()
+        totals, stats = StepTotals(n, 2 * n, 3 * n, 4 * n, 5 * n), SchedulerStats()
         metrics.attach(stats, totals, reported, num_blocks=n)
         servers[n % 2].update(metrics.read(stats))
         reported = totals

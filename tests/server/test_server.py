@@ -63,6 +63,7 @@ def test_counters_tell_what_a_request_did(server: Server) -> None:
     assert used == {
         "full_steps": 3,  # the prompt and two refreshes
         "lora_steps": 6,
+        "prompt_steps": 1,
         "kv_slots_written": 22,
         "kv_slots_skipped": 6,
         "kv_blocks": 0,

@@ -61,7 +61,7 @@ class DryEngine:
         sent: what each request's client got so far
         kinds: of the steps so far
         num_preemptions, num_cached: seen so far
-        num_deferred: steps so far that kept a prompt waiting
+        num_deferred, num_prompted: steps so far that kept a prompt waiting, that computed one
         longest_wait: steps that a prompt may be kept waiting
     """
 
@@ -76,7 +76,7 @@ class DryEngine:
         self.in_flight: deque[tuple[Any, Any]] = deque()
         self.numbers = itertools.count()
         self.kinds: list[str] = []
-        self.num_preemptions = self.num_cached = self.num_deferred = 0
+        self.num_preemptions = self.num_cached = self.num_deferred = self.num_prompted = 0
         self.longest_wait = setup.k
         self.slots = [0, 0]  # written, skipped
 
@@ -186,11 +186,11 @@ class DryEngine:
         books.written = [list(books.chain) for _ in books.table]
 
     def _expected_kind(self, at: dict[str, int], counts: dict[str, int]) -> str:
-        due = [
-            at[n] < self.books[n].prompt_end or self.books[n].phase >= self.books[n].k for n in at
-        ]
         assert at.keys() == counts.keys()
-        return "full" if any(due) else "lora"
+        prompted = any(at[n] < self.books[n].prompt_end for n in at)
+        self.num_prompted += prompted
+        due = any(self.books[n].phase >= self.books[n].k for n in at)
+        return "full" if prompted or due else "lora"
 
     def _write(self, books: Books, kind: str, position: int, count: int) -> None:
         assert position == books.computed, "a token was left out or computed twice"
