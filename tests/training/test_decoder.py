@@ -159,9 +159,8 @@ def test_the_student_beside_the_base_model_is_the_student_alone(
     sequence = torch.tensor(
         [[0] * 16 + [2] * 13, [3] * 11 + [1] * 5 + [-1] * 13, [4] * 20 + [-1] * 9]
     )
-    prompt, k, phase = (torch.cat((x, torch.tensor([y]))) for x, y in
-                        ((PROMPT, 20), (K, 3), (PHASE, 0)))  # fmt: skip
-    schedule = Schedule.of(sequence, prompt, k, phase)
+    given = ((PROMPT, 20), (K, 3), (PHASE, 0))
+    schedule = Schedule.of(sequence, *(torch.tensor([*x, y]) for x, y in given))
     tokens, weight = random_tokens(*sequence.shape), torch.randn(65, 128)
     found = []
     for checkpoint in (False, True):
