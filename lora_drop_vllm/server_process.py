@@ -60,16 +60,30 @@ class Endpoint:
         """OpenAI client of this server; takes its key from OPENAI_API_KEY, if that is set."""
         from openai import OpenAI
 
+        return OpenAI(**self._access())
+
+    def async_client(self) -> Any:
+        """The same as `client`, for coroutines."""
+        from openai import AsyncOpenAI
+
+        return AsyncOpenAI(**self._access())
+
+    def _access(self) -> dict[str, Any]:
         key = os.environ.get("OPENAI_API_KEY", "none")
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        return {"base_url": f"{self.url}/v1", "api_key": key, "max_retries": 0}
+
+    def metrics_text(self) -> str:
+        """What `/metrics` answers."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+            text: str = answer.read().decode()
+        return text
 
     def metrics(self) -> dict[str, int]:
         """LoRA-Drop's counters and gauge at `/metrics`, by name without prefix and suffix.
 
         Values of several engines (`--data-parallel-size`) are added up.
         """
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
-            return counters(answer.read().decode())
+        return counters(self.metrics_text())
 
 
 def counters(text: str) -> dict[str, int]:
