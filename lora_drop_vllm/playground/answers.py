@@ -162,7 +162,7 @@ async def stream(
         model: what the server calls it
 
     Raises:
-        openai.APIError: the server refuses, or is gone.
+        openai.APIError, ConnectionError: the server refuses, or is gone.
         RuntimeError: it does not tell the kinds of its steps.
     """
     body = question.body(model)
@@ -189,6 +189,8 @@ async def stream(
                 piece = Piece(text, ids, kinds, ms, choice.finish_reason)
                 answer.add(piece)
                 yield piece
+    if not answer.pieces or answer.pieces[-1].reason is None:
+        raise ConnectionError("the stream ended before the answer did")
 
 
 def _percentile(ordered: Sequence[float], percent: int) -> float | None:

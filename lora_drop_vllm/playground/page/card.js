@@ -10,7 +10,7 @@ export function percent(share) {
   if (share >= 0.995) return "100 %";
   if (share >= 0.0995) return `${(100 * share).toFixed(0)} %`;
   if (share >= 0.0005) return `${(100 * share).toFixed(1)} %`;
-  return "< 0.1 %";
+  return share > 0 ? "< 0.1 %" : "0 %";
 }
 
 function nth(rank) {
