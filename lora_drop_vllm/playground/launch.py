@@ -63,6 +63,7 @@ def open_page(behind: Model | str, host: str = "127.0.0.1", port: int = 7210) ->
         hosts = LOOPBACK if host in LOOPBACK else None
         app = create_app(endpoint, served, hosts)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        listener.listen()  # whoever opens the address now waits for the first answer
         print(f"Playground: {address} (Ctrl-C stops it)", flush=True)
         if hosts is None:
             print(f"Whoever reaches {host} can use the model, and the server's key if it has one.")

@@ -20,11 +20,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=why))
 
 
-@pytest.fixture
-def fake() -> Iterator[StreamingFake]:
-    """A server that streams `TOKENS` of `WORDS`."""
-    server = StreamingFake(WORDS, TOKENS[:])
+@pytest.fixture(scope="module")
+def one_fake() -> Iterator[StreamingFake]:
+    server = StreamingFake(WORDS, TOKENS)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def fake(one_fake: StreamingFake) -> StreamingFake:
+    """A server that streams `TOKENS` of `WORDS`."""
+    one_fake.reset(WORDS, TOKENS)
+    return one_fake

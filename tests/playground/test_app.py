@@ -120,8 +120,7 @@ def test_a_server_that_stops_in_the_middle(page: TestClient, fake: StreamingFake
 
 
 def test_a_server_that_is_gone(page: TestClient, fake: StreamingFake) -> None:
-    fake.shutdown()
-    fake.server_close()
+    fake.gone = True
     (event,) = events(page)
     assert fake.url in event["error"] and "start it again" in event["error"]
 

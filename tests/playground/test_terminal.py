@@ -89,18 +89,18 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def test_servers_that_it_refuses(fake: StreamingFake, capsys: Any) -> None:
+def test_servers_that_it_refuses(
+    fake: StreamingFake, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert fake.info is not None
     fake.info["request_k"] = "false"
     assert "lora_drop.request_k=false" in refusal(capsys, "--url", fake.url)
     fake.info = None
     assert "too old" in refusal(capsys, "--url", fake.url)
-    fake.steps = {}
+    monkeypatch.setattr(fake, "steps", {})
     message = refusal(capsys, "--url", fake.url)
     assert "does not run LoRA-Drop" in message and "--model-impl lora_drop" in message
-    fake.shutdown()
-    fake.server_close()
-    assert "no server of models answers there" in refusal(capsys, "--url", fake.url)
+    assert "no server of models answers there" in refusal(capsys, "--url", "http://127.0.0.1:1")
 
 
 def test_a_taken_port_is_known_before_anything_starts(capsys: Any) -> None:

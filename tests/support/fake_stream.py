@@ -29,9 +29,12 @@ class StreamingFake(FakeServer):
     Attributes:
         words: the vocabulary; the first five are the base model's best, in this order, always
         tokens: what is said, as ids
+        together: tokens of each chunk, where they are not one each
         pause: seconds before each chunk
         refusal: the message of a 400, when not empty
         cut_after: chunks after which the connection breaks
+        gone: every connection breaks at once
+        tells: whether it tells the kinds of its steps
         headers: of each request, in order, names in lower case
         hung_up: set when a client left in the middle of an answer
         info: labels of the gauge that says what is served; None leaves it out
@@ -40,13 +43,20 @@ class StreamingFake(FakeServer):
     def __init__(self, words: list[str], tokens: list[int]) -> None:
         super().__init__(lambda prompt, base: "")
         self.RequestHandlerClass = StreamingHandler
-        self.words, self.tokens = words, tokens
+        self.reset(words, tokens)
+
+    def reset(self, words: list[str], tokens: list[int]) -> None:
+        """As new, but for the counters."""
+        self.words, self.tokens = words[:], tokens[:]
+        self.together: list[tuple[int, ...]] = []
         self.pause = 0.0
         self.refusal = ""
         self.cut_after: int | None = None
+        self.gone = False
+        self.tells = True
+        self.asked.clear()
         self.headers: list[dict[str, str]] = []
         self.hung_up = threading.Event()
-        self.tells = True
         self.info: dict[str, str] | None = {
             "model_name": "fake",
             "adapter": "rho25",
@@ -65,16 +75,19 @@ class StreamingFake(FakeServer):
         if chat:
             role = {"index": 0, "delta": {"role": "assistant", "content": ""}}
             send(self.chunk(role) | {"prompt_token_ids": [0, 1, 2]})
-        for n, token in enumerate(self.tokens):
+        chunks = self.together or [(token,) for token in self.tokens]
+        sent = 0
+        for n, tokens in enumerate(chunks):
             time.sleep(self.pause)
-            text = self.words[token]
-            choice: dict[str, Any] = {"index": 0, "token_ids": [token], "finish_reason": None}
+            text = "".join(self.words[token] for token in tokens)
+            choice: dict[str, Any] = {"index": 0, "token_ids": tokens, "finish_reason": None}
             choice |= {"delta": {"content": text}} if chat else {"text": text}
             if self.tells:
-                choice["lora_drop_steps"] = kinds[n]
+                choice["lora_drop_steps"] = kinds[sent : sent + len(tokens)]
+            sent += len(tokens)
             if n == 0 and not chat:
                 choice["prompt_token_ids"] = [0, 1, 2]
-            if n == len(self.tokens) - 1:
+            if n == len(chunks) - 1:
                 choice["finish_reason"] = "length"
             if n == self.cut_after:
                 raise ConnectionAbortedError
@@ -118,6 +131,8 @@ class StreamingHandler(Handler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(body)
         self.server.headers.append({n.lower(): v for n, v in self.headers.items()})
+        if self.server.gone:
+            return self.connection.close()
         if self.server.refusal:
             return self.reply(400, {"error": {"message": self.server.refusal, "code": 400}})
         if "prompt_logprobs" in body:
