@@ -69,21 +69,21 @@ def test_an_answer_comes_token_by_token(
 
 
 def test_a_score_is_the_base_models_opinion(page: TestClient, fake: StreamingFake) -> None:
-    scores = page.post("/api/score", json={"prompt_ids": [0, 1], "ids": fake.tokens}).json()
+    ids = [*fake.tokens, 2, 4]
+    scores = page.post("/api/score", json={"prompt_ids": [0, 1], "ids": ids}).json()
     (asked,) = fake.asked
-    assert asked["prompt"] == [0, 1, *fake.tokens] and asked["vllm_xargs"] == {"lora_drop_k": 0}
+    assert asked["prompt"] == [0, 1, *ids] and asked["vllm_xargs"] == {"lora_drop_k": 0}
     opinions = scores["opinions"]
-    assert [opinion["text"] for opinion in opinions] == [fake.words[token] for token in fake.tokens]
-    likely = {0: True, 1: True, 3: False, 5: False}  # 0.6 / 10 lies between 0.2 and 0.05
-    for token, opinion in zip(fake.tokens, opinions):
-        assert opinion["unlikely"] != likely.get(token, False)
+    assert [opinion["text"] for opinion in opinions] == [fake.words[token] for token in ids]
+    for token, opinion in zip(ids, opinions):
+        assert opinion["unlikely"] == (token > 2), "0.6 / 10 lies between 0.1 and 0.05"
         assert opinion["probability"] == pytest.approx(TOP[token] if token < 5 else OTHER)
         assert opinion["rank"] == token + 1
         assert [candidate["text"] for candidate in opinion["top"]] == fake.words[:5]
         chosen = [candidate["chosen"] for candidate in opinion["top"]]
         assert chosen == [n == token for n in range(5)]
-    assert scores["agreement"] == pytest.approx(2 / 9)
-    assert scores["unlikely"] == 6
+    assert scores["agreement"] == pytest.approx(2 / 11)
+    assert scores["unlikely"] == 7
 
 
 def test_an_answer_that_fills_the_model_is_scored_but_for_its_last_token(
