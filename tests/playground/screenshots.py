@@ -25,7 +25,7 @@ def picture(browser: Any, address: str, scheme: str, target: Path) -> None:
     page.goto(f"{address}/#max_tokens={TOKENS}")
     page.fill("#prompt", PROMPT)
     page.click("#run")
-    page.wait_for_selector("#status:has-text('Both have answered')", state="attached")
+    page.wait_for_selector("#status:has-text('Both have answered')", state="attached", timeout=0)
     tokens = page.query_selector_all("#lora .token.lora.unlikely")
     tokens[len(tokens) // 2].hover()
     bottom = page.evaluate("document.querySelector('.columns').getBoundingClientRect().bottom")

@@ -93,14 +93,14 @@ def test_servers_that_it_refuses(
     fake: StreamingFake, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fake.info is not None
-    fake.info["request_k"] = "false"
-    assert "lora_drop.request_k=false" in refusal(capsys, "--url", fake.url)
+    fake.info["least_k"] = "none"
+    assert "lora_drop.request_k" in refusal(capsys, "--url", fake.url)
     fake.info = None
     assert "too old" in refusal(capsys, "--url", fake.url)
     monkeypatch.setattr(fake, "steps", {})
     message = refusal(capsys, "--url", fake.url)
     assert "does not run LoRA-Drop" in message and "--model-impl lora_drop" in message
-    assert "no server of models answers there" in refusal(capsys, "--url", "http://127.0.0.1:1")
+    assert "no OpenAI-compatible server answers" in refusal(capsys, "--url", "http://127.0.0.1:1")
 
 
 def test_a_taken_port_is_known_before_anything_starts(capsys: Any) -> None:
@@ -116,8 +116,8 @@ def test_a_taken_port_is_known_before_anything_starts(capsys: Any) -> None:
     ("arguments", "message"),
     [
         (["./model"], "needs --adapter DIR"),
-        (["./model", "--url", "http://localhost:1"], "the server there has its model"),
-        (["--adapter", "d", "--url", "http://localhost:1"], "the server there has its adapter"),
+        (["./model", "--url", "http://localhost:1"], "that server has its model"),
+        (["--adapter", "d", "--url", "http://localhost:1"], "that server has its adapter"),
     ],
 )
 def test_command_lines_without_sense(arguments: list[str], message: str, capsys: Any) -> None:

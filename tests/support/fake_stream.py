@@ -65,7 +65,7 @@ class StreamingFake(FakeServer):
             "k": str(K),
             "reuse": "update",
             "kv": "skip",
-            "request_k": "true",
+            "least_k": "0",
         }
 
     def answer(self, body: dict[str, Any], send: Callable[[Any], None]) -> None:
