@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-matrix soak soak-server fuzz check bench bench-grid bench-more clean
+.PHONY: install demo playground screenshots test test-browser test-matrix soak soak-server fuzz check bench bench-grid bench-more clean
 
 install: $(STAMP)
 
@@ -14,6 +14,10 @@ $(STAMP): requirements/cpu.txt requirements/install.sh requirements/vllm_shim/py
 demo: install
 	$(BIN)/lora-drop demo
 
+# the same model on a page, beside its base model
+playground: install
+	$(BIN)/lora-drop playground
+
 # tests run in JOBS processes of one thread each; the system places vLLM's workers
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/pytest -n $(JOBS) --dist loadfile
@@ -23,6 +27,21 @@ V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1
 test: install check
 	$(PYTEST)
 	$(V2) $(PYTEST) -m runners
+
+# the playground's page in Chromium; installs what is missing of Playwright's client and the browser
+define browser
+command -v chromium >/dev/null || $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get install -y chromium
+$(BIN)/python -m pip install --quiet 'playwright>=1.60,<2'
+endef
+
+test-browser: install
+	$(browser)
+	$(PYTEST) -m browser
+
+# the playground's pictures in docs/
+screenshots: install
+	$(browser)
+	$(BIN)/python tests/playground/screenshots.py
 
 # the settings that `make test` leaves out, above all the real model in each of them
 test-matrix: install

@@ -23,7 +23,11 @@ START_SECONDS = 900
 STOP_SECONDS = 30
 # eager: compiling takes minutes; the numbers compare k > 0 with k = 0 under the same settings
 ARGUMENTS = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", "512M"]
-_METRIC = re.compile(r"^vllm:lora_drop_(\w+?)(?:_total)?\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
+_METRIC = re.compile(
+    r"^vllm:lora_drop_(?!info)(\w+?)(?:_total)?\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE
+)
+_INFO = re.compile(r"^vllm:lora_drop_info\{(.*)\} ", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 @dataclass
@@ -56,21 +60,45 @@ class Endpoint:
         """OpenAI client of this server; takes its key from OPENAI_API_KEY, if that is set."""
         from openai import OpenAI
 
+        return OpenAI(**self._access())
+
+    def async_client(self) -> Any:
+        """The same as `client`, for coroutines."""
+        from openai import AsyncOpenAI
+
+        return AsyncOpenAI(**self._access())
+
+    def _access(self) -> dict[str, Any]:
         key = os.environ.get("OPENAI_API_KEY", "none")
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        return {"base_url": f"{self.url}/v1", "api_key": key, "max_retries": 0}
+
+    def metrics_text(self) -> str:
+        """What `/metrics` answers."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+            text: str = answer.read().decode()
+        return text
 
     def metrics(self) -> dict[str, int]:
         """LoRA-Drop's counters and gauge at `/metrics`, by name without prefix and suffix.
 
         Values of several engines (`--data-parallel-size`) are added up.
         """
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        sums: Counter[str] = Counter()
-        for name, value in _METRIC.findall(text):
-            if "created" not in name:
-                sums[name] += int(float(value))
-        return dict(sums)
+        return counters(self.metrics_text())
+
+
+def counters(text: str) -> dict[str, int]:
+    """LoRA-Drop's counters and gauge in the text of `/metrics`, summed over the engines."""
+    sums: Counter[str] = Counter()
+    for name, value in _METRIC.findall(text):
+        if "created" not in name:
+            sums[name] += int(float(value))
+    return dict(sums)
+
+
+def served_settings(text: str) -> dict[str, str]:
+    """What LoRA-Drop serves with, from the text of `/metrics`; empty where it does not run."""
+    found = _INFO.search(text)
+    return dict(_LABEL.findall(found[1])) if found else {}
 
 
 class Server(Endpoint):

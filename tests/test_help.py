@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from lora_drop_vllm.cli.cost import BYTES
 from lora_drop_vllm.cli.parser import COMMANDS, make_parser
 from lora_drop_vllm.decode.masks import BACKENDS
 from lora_drop_vllm.method.reuse import KV_MODES, REUSE, SITES
+from lora_drop_vllm.playground.answers import Sampling
+from lora_drop_vllm.playground.launch import open_page
 from lora_drop_vllm.training.settings import CRITERIA, DTYPES, RHO
 
 # what takes the values of a command's flags
@@ -32,10 +35,13 @@ TAKERS: list[tuple[str, Any]] = [
     ("profile", profile),
     ("evaluate", Decoding),
     ("evaluate", evaluate),
+    ("playground", open_page),
+    ("playground", Sampling),
 ]
 NO_FLAG = {
     ("profile", Settings): {"rho", "layers", "dtype"},  # it makes no adapter
     ("evaluate", evaluate): {"decoding", "out"},  # a dataclass; --json
+    ("playground", Sampling): {"top_p", "seed"},  # the page has them
 }
 OTHER_DEFAULT = {("profile", "tokens"): 16384, ("evaluate", "tasks"): ""}
 CHOICES = [
@@ -130,4 +136,5 @@ def test_the_list_of_commands_needs_no_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout.endswith("[]\n")
-    assert all(f"\n    {command} " in found.stdout for command in [*COMMANDS, "lm-eval"])
+    listed = re.findall(r"^    ([\w-]+)\s", found.stdout, re.MULTILINE)
+    assert listed == [*COMMANDS, "lm-eval"]

@@ -23,6 +23,7 @@ ENGINE_FREE = (
     "lora_drop_vllm/decode",
     "lora_drop_vllm/training",
     "lora_drop_vllm/evaluation",
+    "lora_drop_vllm/playground",
 )
 
 

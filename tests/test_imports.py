@@ -23,11 +23,12 @@ ORDER = (
     ("config",),
     ("engine", "decode"),
     ("training", "evaluation"),
-    ("cli",),
+    ("cli", "playground"),
     ("benchmarks",),
     ("tests",),
 )
 APART = {("engine", "decode"), ("decode", "engine")}
+APART |= {("playground", p) for p in ("cli", "engine", "decode", "training", "evaluation")}
 TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
@@ -170,6 +171,7 @@ def test_closed_forms_need_no_trainer() -> None:
         ("lora_drop_vllm.method.layers", "from lora_drop_vllm import config", "up"),
         ("lora_drop_vllm.kernels.heuristics", "from lora_drop_vllm.engine import models", "up"),
         ("lora_drop_vllm.decode.masks", "import lora_drop_vllm.engine.models", "up"),
+        ("lora_drop_vllm.playground.app", "from lora_drop_vllm.engine import metrics", "up"),
         ("lora_drop_vllm.training.rows", "from support import record", "up"),
         ("lora_drop_vllm.method.layers", "import torch, lora_drop_vllm.atomic_files", ""),
     ],

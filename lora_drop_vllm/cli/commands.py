@@ -10,6 +10,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 LM_EVAL_HELP = """lm-eval's own command, with the model lora_drop added
@@ -39,6 +40,43 @@ def run_demo(arguments: argparse.Namespace) -> int:
     settings = demo.settings(**_flags(arguments, demo.settings))
     demo.run(settings, **_flags(arguments, demo.run))
     return 0
+
+
+def run_playground(arguments: argparse.Namespace) -> int:
+    """Compares base model and LoRA-Drop on a page, or with --text in the terminal."""
+    from lora_drop_vllm.playground.answers import Sampling
+    from lora_drop_vllm.playground.launch import answer_in_terminal, open_page
+
+    behind = arguments.url or _model_to_play_with(arguments)
+    taken = [name for name in ("model", "adapter", "rho") if getattr(arguments, name) is not None]
+    if arguments.url and taken:
+        raise ValueError(f"--url {arguments.url}: that server has its {taken[0]}; leave one out")
+    if arguments.text is None:
+        open_page(behind, **_flags(arguments, open_page))
+    else:
+        sampling = Sampling(**_flags(arguments, Sampling))
+        answer_in_terminal(behind, arguments.text, arguments.k, sampling)
+    return 0
+
+
+def _model_to_play_with(arguments: argparse.Namespace) -> Any:
+    """The model and adapter of the command line; the demo's where it names none."""
+    from lora_drop_vllm.cli import demo
+    from lora_drop_vllm.playground.launch import Model
+
+    if arguments.model and not (arguments.adapter or arguments.untrained):
+        raise ValueError(
+            f"{arguments.model}: needs --adapter DIR, or --untrained to see speed only"
+        )
+    settings = {
+        name: given for name in ("rho", "k") if (given := getattr(arguments, name)) is not None
+    }
+    if arguments.untrained:
+        settings["untrained"] = True
+    else:
+        settings["adapter"] = str(arguments.adapter or demo.BUNDLED_ADAPTER)
+    path = Path(arguments.model) if arguments.model else demo.real_model()
+    return Model(path, settings, arguments.dtype)
 
 
 def run_check(arguments: argparse.Namespace) -> int:

@@ -29,6 +29,33 @@ def demo_flags(parser: ArgumentParser) -> None:
     flag(parser, demo.run, "port", "port of the server (default: a free one)", type=int)
 
 
+def playground_flags(parser: ArgumentParser) -> None:
+    """Flags of `lora-drop playground`."""
+    from lora_drop_vllm.playground.answers import Sampling
+    from lora_drop_vllm.playground.launch import Model, open_page
+
+    parser.add_argument("model", nargs="?", help=f"{MODEL} (default: the demo's)")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder")
+    parser.add_argument("--untrained", action="store_true", help="use no adapter: B = 0 and g = 1")
+    parser.add_argument(
+        "--rho", type=float, metavar="X", help="share of the eligible layers that drop"
+    )
+    parser.add_argument(
+        "--k",
+        type=count,
+        metavar="N",
+        help="LoRA steps between two full steps (default: the adapter's)",
+    )
+    flag(parser, Model, "dtype", "dtype of the server that is started, as for vLLM")
+    parser.add_argument("--url", help="a running server, instead of a model")
+    flag(parser, open_page, "host", "address that the page listens on")
+    flag(parser, open_page, "port", "port of the page; 0 for a free one", type=count)
+    terminal = parser.add_argument_group("without a browser")
+    terminal.add_argument("--text", help="prompt; prints both answers and exits")
+    flag(terminal, Sampling, "max_tokens", "length of an answer at most", type=positive)
+    flag(terminal, Sampling, "temperature", "0 takes the most likely token")
+
+
 def check_flags(parser: ArgumentParser) -> None:
     """Flags of `lora-drop check`."""
     parser.add_argument("model", help=MODEL)

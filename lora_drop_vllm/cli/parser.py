@@ -42,6 +42,20 @@ COMMANDS = {
         add_flags=flags.demo_flags,
         run=commands.run_demo,
     ),
+    "playground": Command(
+        summary="see on a page which tokens skipped layers",
+        about="Opens a page that asks one prompt of the base model and of LoRA-Drop, and shows "
+        "which tokens skipped layers and what the base model thinks of each. Starts a server, or "
+        "uses a running one. The default is the demo's model and its bundled adapter.",
+        examples=(
+            "lora-drop playground",
+            "lora-drop playground ./model --adapter ./adapter",
+            "lora-drop playground --url http://localhost:8000",
+            "lora-drop playground --url http://localhost:8000 --text 'What is a compiler?'",
+        ),
+        add_flags=flags.playground_flags,
+        run=commands.run_playground,
+    ),
     "check": Command(
         summary="check that an adapter fits a model, offline",
         about="Checks that an adapter fits a model, and shows what serving the two would save. "

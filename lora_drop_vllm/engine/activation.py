@@ -63,7 +63,7 @@ def activate(vllm_config: VllmConfig) -> None:
     """
     from vllm.logger import init_logger
 
-    from lora_drop_vllm.engine import exit_status, request_args, seams, stat_logger
+    from lora_drop_vllm.engine import exit_status, request_args, seams, stat_logger, step_kinds
     from lora_drop_vllm.engine.refusals import check_architecture, check_supported
 
     logger = init_logger("vllm.lora_drop")
@@ -81,6 +81,7 @@ def activate(vllm_config: VllmConfig) -> None:
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.device_config.device_type]
         stat_logger.install()
+        step_kinds.install()
     logger.info("%s", startup_line(model_config.model, config))
 
 

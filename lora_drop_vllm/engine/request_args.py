@@ -1,7 +1,8 @@
 """Checks of a request's own settings, before the request is queued.
 
-Refused are a bad `"vllm_xargs": {"lora_drop_k": N}` and prompts that continue after an answer (the
-Python API's streaming input): an answer's tokens from LoRA steps have no KV in the drop layers.
+Refused are a bad `lora_drop_k` or `lora_drop_steps` in `vllm_xargs`, and prompts that continue
+after an answer (the Python API's streaming input): an answer's tokens from LoRA steps have no KV in
+the drop layers.
 
 Patches `InputProcessor.process_inputs`. Reason: there vLLM turns bad parameters into an HTTP 400 of
 the server and an error of the Python API alike. Its plugin point for extra arguments is a logits
@@ -15,7 +16,8 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
-from lora_drop_vllm.config import MODEL_IMPL, SETTINGS
+from lora_drop_vllm.config import MODEL_IMPL, SETTINGS, LoRADropConfig
+from lora_drop_vllm.engine import step_kinds
 from lora_drop_vllm.method.adapter_folder import shown
 
 ARGUMENT = "lora_drop_k"
@@ -70,8 +72,9 @@ def install() -> None:
                 served = self.vllm_config.additional_config[SETTINGS]
                 try:
                     request_k(params.extra_args, served["k"], served["least_k"])
+                    step_kinds.check(params, LoRADropConfig.from_dict(served))
                 except ValueError as error:
-                    raise VLLMValidationError(str(error), parameter=ARGUMENT) from error
+                    raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
         return original(self, request_id, prompt, params, *args, **kwargs)
 
     process_inputs.lora_drop = True  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from lora_drop_vllm.engine import metrics
 from lora_drop_vllm.engine.activation import active_config
 from lora_drop_vllm.engine.kv_cache import DropLayerManager, allow_partial_prefix_hits
 from lora_drop_vllm.engine.request_args import request_k
+from lora_drop_vllm.engine.step_kinds import StepKinds
 from lora_drop_vllm.method.schedule import (
     PhaseTracker,
     Scheduled,
@@ -24,7 +25,9 @@ from lora_drop_vllm.method.schedule import (
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
 PLAN_ATTRIBUTE = "lora_drop"  # on every SchedulerOutput; pickled to the workers with it
@@ -41,6 +44,7 @@ class LoRADropScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         self.lora_drop = active_config(self.vllm_config)
         self.tracker = PhaseTracker(self.max_num_running_reqs, self.lora_drop.kv_skips)
+        self.step_kinds = StepKinds()
         self._reported = StepTotals()
         self._waited = 0  # steps that deferred prompts, since all prompts were last taken
         self._defers = False  # the step at hand does
@@ -106,8 +110,18 @@ class LoRADropScheduler(AsyncScheduler):
             request = self.requests[request_id]
             if request_id not in self.tracker:
                 self.tracker.admit(request_id, self._k(request), request.num_tokens)
+                self.step_kinds.watch(request)
             scheduled.append(Scheduled(request_id, request.num_computed_tokens, num_tokens))
         return self.tracker.advance(scheduled)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """vLLM's outputs, with the kind of their step aboard for requests that asked."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        plan: StepPlan = getattr(scheduler_output, PLAN_ATTRIBUTE)
+        self.step_kinds.report(outputs, plan.kind, self.requests)
+        return outputs
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """vLLM's prefix hit; none for a prompt that has to wait or can never copy a shared block.

@@ -49,6 +49,11 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam("vllm.v1.core.sched.scheduler:Scheduler.make_stats", "scheduler.py", ("self",)),
     Seam(
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        "scheduler.py",
+        ("scheduler_output", "model_runner_output"),
+    ),
+    Seam(
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate",
         "kv_cache.py",
         (
@@ -155,6 +160,13 @@ SEAMS: tuple[Seam, ...] = (
     ),
     # fields that carry our data
     Seam("vllm.v1.metrics.stats:SchedulerStats", "metrics.py", params=("waiting_lora_adapters",)),
+    Seam(
+        "vllm.v1.engine:EngineCoreOutput",
+        "step_kinds.py",
+        params=("request_id", "new_token_ids", "kv_transfer_params"),
+    ),
+    Seam("vllm.outputs:RequestOutput", "step_kinds.py", ("outputs", "kv_transfer_params")),
+    Seam("vllm.outputs:CompletionOutput", "step_kinds.py", ("index", "token_ids")),
     Seam(
         "vllm.v1.core.sched.output:SchedulerOutput",
         "scheduler.py",

@@ -9,12 +9,13 @@ lets an engine's config name stat loggers.
 from __future__ import annotations
 
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import Counter, Gauge
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 
-from lora_drop_vllm.config import MODEL_IMPL
+from lora_drop_vllm.config import MODEL_IMPL, SETTINGS, LoRADropConfig
 from lora_drop_vllm.engine import metrics
 
 
@@ -34,6 +35,13 @@ class LoRADropStatLogger(AggregateStatLoggerBase):
             labels,
             multiprocess_mode="mostrecent",
         )
+        served = _served(LoRADropConfig.from_dict(vllm_config.additional_config[SETTINGS]))
+        Gauge(
+            "vllm:lora_drop_info",
+            "The settings that LoRA-Drop serves with, as labels; always 1.",
+            ["model_name", *served],
+            multiprocess_mode="mostrecent",
+        ).labels(name, *served.values()).set(1)
         self._labels = {index: (name, str(index)) for index in engine_indexes}
         for labelled in self._labels.values():  # zero from the start, as Prometheus expects
             for counter in self._counters.values():
@@ -74,3 +82,16 @@ def install() -> None:
 
     init.lora_drop = True  # type: ignore[attr-defined]
     StatLoggerManager.__init__ = init
+
+
+def _served(config: LoRADropConfig) -> dict[str, str]:
+    """Labels of the gauge that says what is served; of the adapter's path the folder's name."""
+    return {
+        "adapter": Path(config.adapter).name if config.adapter else "",
+        "drop_layers": ",".join(map(str, config.drop_layers)),
+        "num_layers": str(config.num_layers),
+        "k": str(config.k),
+        "least_k": "none" if config.least_k is None else str(config.least_k),
+        "reuse": config.reuse,
+        "kv": config.kv,
+    }

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from kind_ledger import KindLedger
 from tqdm import tqdm
 
 pytestmark = pytest.mark.engine
@@ -60,6 +61,7 @@ class Life(RuleBasedStateMachine):
     @initialize(setup=setups())
     def start(self, setup: dict[str, Any]) -> None:
         self.engine = self.dry(**setup)
+        self.kinds = KindLedger(self.engine)
         self.asked: dict[str, tuple[list[int], int]] = {}
         self.aborted: set[str] = set()
 
@@ -158,10 +160,13 @@ class Life(RuleBasedStateMachine):
             if name not in self.aborted:
                 most = min(max_tokens, engine.setup.max_model_len - len(prompt))
                 assert engine.sent[name] == answer(prompt, most)
+                assert len(self.kinds.told[name]) == len(engine.sent[name])
         totals = engine.scheduler.tracker.totals
         assert [totals.kv_slots_written, totals.kv_slots_skipped] == engine.slots
         assert totals.full_steps + totals.lora_steps == len(engine.kinds)
         assert totals.prompt_steps == engine.num_prompted
+        assert not self.aborted or engine.step() is None  # a step in which aborts are forgotten
+        assert not len(engine.scheduler.step_kinds), "leaked"
         self.seen.update(
             steps=len(engine.kinds),
             lives=1,
