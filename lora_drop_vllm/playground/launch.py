@@ -121,7 +121,7 @@ def _running(behind: Model | str) -> Iterator[tuple[Endpoint, Served]]:
     with _progress(f"Starting vLLM with {behind.path} (log: {server.log})"):
         server.start()
     try:
-        yield server, look(server)
+        yield server, look(server, behind.path.name)
     finally:
         server.stop()
 

@@ -19,6 +19,7 @@ class Served:
 
     Attributes:
         name: what it calls the model
+        title: what people call it
         k: LoRA steps between two full steps; a request may ask for fewer
         adapter: name of the adapter's folder; empty for an untrained one
         max_len: tokens of prompt and answer together
@@ -26,6 +27,7 @@ class Served:
 
     url: str
     name: str
+    title: str
     k: int
     num_layers: int
     drop_layers: tuple[int, ...]
@@ -40,8 +42,11 @@ class Served:
         return self.kv == "skip"
 
 
-def look(endpoint: Endpoint) -> Served:
+def look(endpoint: Endpoint, title: str = "") -> Served:
     """Ask a server what it serves.
+
+    Args:
+        title: of the model, if it is not what the server calls it
 
     Raises:
         ValueError: it does not run LoRA-Drop, or lets no request bring a k of its own.
@@ -70,6 +75,7 @@ def look(endpoint: Endpoint) -> Served:
     return Served(
         url=endpoint.url,
         name=endpoint.name,
+        title=title or endpoint.name,
         k=int(settings["k"]),
         num_layers=int(settings["num_layers"]),
         drop_layers=tuple(map(int, settings["drop_layers"].split(","))),

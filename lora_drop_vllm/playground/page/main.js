@@ -25,7 +25,7 @@ function say(text) {
 async function start() {
   const model = await served();
   const facts = [
-    model.name,
+    model.title,
     model.adapter || "untrained",
     `${model.drop_layers.length} of ${model.num_layers} layers drop`,
     `k up to ${model.k}`,
