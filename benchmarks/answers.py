@@ -52,13 +52,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
     parser.add_argument("--adapter", required=True, type=Path, help="adapter folder")
     parser.add_argument("--tasks", required=True, nargs="+", type=Path, help="JSONL files")
-    parser.add_argument("--dtype", default="auto", help="as for vLLM")
+    parser.add_argument("--dtype", default=Decoding.dtype, help="as for vLLM")
     parser.add_argument("--limit", type=int, help="questions of each (default: all)")
     parser.add_argument(
-        "--num-fewshot", type=int, default=5, help="worked examples before a question of GSM8K"
+        "--num-fewshot",
+        type=int,
+        default=Decoding.num_fewshot,
+        help="worked examples before a question of GSM8K",
     )
-    parser.add_argument("--max-tokens", type=int, default=512, help="length limit of an answer")
-    parser.add_argument("--concurrency", type=int, default=1, help="requests at a time")
+    parser.add_argument(
+        "--max-tokens", type=int, default=Decoding.max_tokens, help="length limit of an answer"
+    )
+    parser.add_argument(
+        "--concurrency", type=int, default=Decoding.concurrency, help="requests at a time"
+    )
     parser.add_argument(
         "--run-code", action="store_true", help="run the programs that it writes on this machine"
     )
