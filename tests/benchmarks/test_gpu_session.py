@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 import serve_latency
 from support import gpu_memory, servers
 from support.engines import SHAPES, make_shape
+
+from lora_drop_vllm.method.cost import packed_block_sizes
+from lora_drop_vllm.method.layers import num_drop_layers
 
 
 def test_a_gpu_session_goes_on_where_the_last_one_ended(
@@ -124,6 +128,22 @@ def test_the_pool_holds_the_requests_in_whichever_blocks() -> None:
     pool = gpu_memory.pool_bytes(SHAPES["llama-3-8b"], 2, 8, 129, 14)
     block = 18 * 64 * gpu_memory.layer_token_bytes(SHAPES["llama-3-8b"], 2)
     assert pool == block * (8 * (3 + 1 + 2 + 1) + 1)
+
+
+def test_the_page_on_gpus_says_how_large_blocks_are() -> None:
+    """Bytes of a packed block over those of a stock block, for the paper's shapes and ratios."""
+    ratios = {}
+    for model, rho in itertools.product(gpu_session.PAPER_MODELS, gpu_session.RATIOS):
+        layers = SHAPES[model]["num_hidden_layers"]
+        drop = num_drop_layers(float(rho), layers)
+        on_size, drop_size = packed_block_sizes(layers - drop, drop, gpu_memory.UNIT)
+        block = max((layers - drop) * on_size, drop * drop_size)
+        ratios[model, rho] = block / (layers * gpu_memory.UNIT)
+    page = " ".join((gpu_session.ROOT / "docs/gpu.md").read_text().split())
+    assert f"{min(ratios.values()):.1f} to {max(ratios.values()):.1f} times as many" in page
+    stock = 512 * gpu_memory.UNIT * 32 * gpu_memory.layer_token_bytes(SHAPES["llama-3-8b"], 2)
+    ours = stock * ratios["llama-3-8b", "0.5"]
+    assert f"{ours / 1e9:.1f} instead of {stock / 1e9:.2f} GB" in page
 
 
 def test_every_engine_on_a_gpu_asks_for_its_own_share(monkeypatch: pytest.MonkeyPatch) -> None:

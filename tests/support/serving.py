@@ -133,8 +133,8 @@ def replay(
     """Feed the oracle the steps that a request went through; returns its generated tokens.
 
     A request that starts over at a lower position was preempted: all its tokens are a prompt
-    again. With `forgets`, the engine then drops the token of a step that was under way; prompts
-    must come in one piece.
+    again. With `forgets`, the engine drops the token of a step that was under way; prompts then
+    have to come in one piece.
     """
     oracle.tokens = list(prompt)
     prompted, computed = False, 0
