@@ -3,62 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_models import make_chat_model, make_chat_tokenizer
+from fake_generator import FakeEngine, answer, is_user, said
 from tiny import make_tokenizer
 
 from lora_drop_vllm.engine.offline_generation import Completion, Request
 from lora_drop_vllm.training.chat import Conversation, render
-from lora_drop_vllm.training.conversations import SYSTEMS, USER_TOKENS, Generation
-from lora_drop_vllm.training.generate import BARREN, generate, read_prompts
+from lora_drop_vllm.training.conversations import SYSTEMS, Generation
+from lora_drop_vllm.training.generate import BARREN, generate
 from lora_drop_vllm.training.generated_file import alone
-from lora_drop_vllm.training.turns import Turns
 
 PLAIN = Generation(max_tokens=64)
-
-
-def answer(text: str, end: str = "stop") -> Completion:
-    return Completion(text, make_tokenizer()(text).input_ids, end)
-
-
-def is_user(request: Request) -> bool:
-    return request.max_tokens == USER_TOKENS
-
-
-def said(request: Request) -> str:
-    """What the fake model says to a prompt: another thing for every seed."""
-    if is_user(request):
-        return f"Tell me about number {request.seed % 10**6}, please."
-    return f"Number {request.seed % 10**6} is large, and then {len(request.tokens)} came."
-
-
-class FakeEngine:
-    """Answers by a rule; the call numbered `dies` is interrupted."""
-
-    facts = {"vllm": "fake"}
-
-    def __init__(
-        self,
-        rule: Callable[[Request], Completion] = lambda request: answer(said(request)),
-        dies: int | None = None,
-    ) -> None:
-        self.rule, self.dies, self.asked = rule, dies, list[Request]()
-        self.calls = 0
-
-    def start(self, model: str, batch: int, context: int) -> FakeEngine:
-        self.batch, self.context = batch, context
-        return self
-
-    def __call__(self, requests: Sequence[Request]) -> list[Completion]:
-        if self.calls == self.dies:
-            raise KeyboardInterrupt
-        self.calls += 1
-        self.asked += requests
-        return [self.rule(request) for request in requests]
 
 
 @pytest.fixture(scope="session")
@@ -77,55 +36,6 @@ def made(
     given = {"count": 40, "batch": 16} | more
     generate(model, out, settings, start=(engine or FakeEngine()).start, **given)
     return [json.loads(line) for line in out.read_text().splitlines()]
-
-
-FAMILIES = {
-    "smollm2": (
-        "<|im_start|>system\nYou are SmolLM.<|im_end|>\n<|im_start|>user\n",
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-        "<|im_start|>assistant\n",
-        "<|im_end|>",
-    ),
-    "qwen2": (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-        "<|im_start|>assistant\n",
-        "<|im_end|>",
-    ),
-    "llama3": (
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "<|eot_id|>",
-    ),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_headers_and_endings_are_the_templates(family: str) -> None:
-    tokenizer = make_chat_tokenizer(family)
-    turns, (user, reply, end) = Turns(tokenizer), FAMILIES[family]
-    assert turns.system
-    assert tokenizer.decode(turns.user_prompt([])) == user
-    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert tokenizer.decode(turns.reply_prompt(asked)) == reply
-    for ending in (turns.user, turns.assistant):
-        assert tokenizer.convert_ids_to_tokens(list(ending.tokens)) == [end] and not ending.text
-    later = turns.user_prompt([*asked, {"role": "assistant", "content": "Ho"}])
-    between = tokenizer.decode(later).removeprefix(reply)
-    assert between.startswith(f"Ho{end}") and between.endswith(user[-len("user\n") :])
-
-
-def test_a_turn_may_end_in_text_and_a_template_refuse_system_prompts() -> None:
-    tokenizer = make_chat_tokenizer("bracketed")
-    turns = Turns(tokenizer)
-    assert not turns.system and turns.user.text == ("[/INST]",) and not turns.user.tokens
-    assert tokenizer.decode(turns.user_prompt([])) == "[INST] "
-    assert tokenizer.convert_ids_to_tokens(list(turns.assistant.tokens)) == ["</s>"]
-    tokenizer.chat_template = "{{ messages[0].role }}"
-    with pytest.raises(ValueError, match="leaves out a message of role user"):
-        Turns(tokenizer)
 
 
 def test_conversations_are_of_all_kinds(chat_model: str, tmp_path: Path) -> None:
@@ -193,27 +103,6 @@ def test_a_killed_run_resumes_to_the_same_file(chat_model: str, tmp_path: Path, 
     assert side[0] == side[1] and side[0]["engine"] == {"vllm": "fake"}
     assert side[0]["documents"] == 30 and side[0]["left_out"]["no end"] > 0
     assert side[0]["tokens"] == sum(line["tokens"] for line in whole)
-
-
-@pytest.mark.parametrize(
-    ("role", "turn", "fault"),
-    [
-        ("user", answer("How far is the moon?"), None),
-        ("user", answer("How far is the", "length"), "no end"),
-        ("assistant", answer("It is far away", "length"), None),
-        ("user", answer("Hm"), "too short"),
-        ("assistant", answer("   \n  "), "too short"),
-        ("assistant", answer("Four."), None),
-        ("assistant", answer("We go. " * 3, "repetition"), "repetition"),
-        ("assistant", answer("We go on and on. " * 30, "length"), "repetition"),
-        ("assistant", answer("".join(chr(33 + n * n * n % 89) for n in range(88))), None),
-        ("user", answer("What is \N{REPLACEMENT CHARACTER} here?"), "stray tokens"),
-        ("assistant", Completion("It is far", [40, 41, 42, 261, 44], "stop"), "stray tokens"),
-    ],
-    ids=lambda value: getattr(value, "text", value) and str(getattr(value, "text", value))[:12],
-)
-def test_broken_turns_are_told(role: str, turn: Completion, fault: str | None) -> None:
-    assert Turns(make_chat_tokenizer("llama3")).fault(turn, role) == fault
 
 
 def test_what_was_good_before_a_broken_turn_is_kept(chat_model: str, tmp_path: Path) -> None:
@@ -316,22 +205,6 @@ def test_prompts_of_a_file_are_answered_once(chat_model: str, tmp_path: Path) ->
     assert [line["messages"][0]["content"] for line in got] == ["How far is it?"]
     side = json.loads((tmp_path / "b.jsonl.meta.json").read_text())
     assert side["left_out"] == {"too long": 1} and side["attempts"] == 2
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"prompt": 3}', "line 1 has neither a `prompt` nor"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1 has neither"),
-        ("[]", "line 1 has neither"),
-        ("{", "cannot be used"),
-        ("", "empty; name a file"),
-    ],
-)
-def test_prompts_that_cannot_be_used_are_refused(tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "p.jsonl").write_text(line)
-    with pytest.raises(ValueError, match=message):
-        read_prompts(tmp_path / "p.jsonl")
 
 
 @pytest.mark.parametrize("openings", [(), ("Once upon a time there was a bee. " * 9, "In 1905,")])
