@@ -46,20 +46,14 @@ def generate_flags(parser: ArgumentParser) -> None:
         ("temperature", "temperature of the other replies"),
     ):
         flag(parser, Generation, name, meaning)
+    prompts = "prompts to answer: lines of text, or .jsonl with a `prompt` or `messages` each"
+    flag(parser, generate, "prompts", prompts, type=Path)
     for name, metavar, meaning in (
         ("system", "TEXT", f"system prompts of half of the conversations (default: {SYSTEMS})"),
         ("corpus", "SOURCE", "texts whose openings a model without a chat template continues"),
         ("exclude", "FILE", "conversations whose user turns must not come again"),
     ):
         parser.add_argument(f"--{name}", nargs="+", default=[], metavar=metavar, help=meaning)
-    flag(
-        parser,
-        generate,
-        "prompts",
-        "prompts to answer, instead of the model's own: lines of text, or of JSON with a `prompt` "
-        "or `messages`",
-        type=Path,
-    )
 
 
 def train_flags(parser: ArgumentParser) -> None:

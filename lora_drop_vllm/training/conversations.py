@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_drop_vllm.engine.offline_generation import Completion, Generator, Request
-from lora_drop_vllm.training.generated_file import normalized, user_turns
+from lora_drop_vllm.training.generated_file import key, normalized
 from lora_drop_vllm.training.turns import Message, Turns, repeats
 
 USER_TOKENS = 256  # of a user's turn, at most
@@ -113,7 +113,7 @@ class Conversations:
 
         Args:
             context: tokens of a prompt and its continuation
-            known: first turns of earlier batches, that must not come again
+            known: keys of earlier documents, which must not come again
             excluded: user's turns that must not come at all
             say: told which turn is being made
         """
@@ -132,16 +132,9 @@ class Conversations:
                 self._add_turns(going, role, engine, context, left_out)
                 if role == "user" and self._asked is None:
                     _end_repetitions(going, known, excluded, left_out)
-        records, known = [], set(known)
-        for talk in talks:
-            if talk.tokens:
-                record = _record(talk)
-                first = user_turns(record)[0]
-                if self._asked is None and first in known:  # of this batch: told only now
-                    left_out[REPEATED] += 1
-                else:
-                    records.append(record)
-                    known.add(first)
+        records = [_record(talk) for talk in talks if talk.tokens]
+        if self._asked is None:  # in this batch, repetitions are told only now
+            records = _distinct(records, known, left_out)
         return records, left_out
 
     def _begin(self, number: int) -> Talk:
@@ -243,7 +236,7 @@ class Continuations:
             text = self._tokenizer.decode(prompt, skip_special_tokens=True) + answer.text
             record = {"text": text, "number": number, "greedy": is_greedy}
             records.append(record | {"tokens": len(answer.tokens)})
-        return records, left_out
+        return _distinct(records, known, left_out), left_out
 
     def _opening(self, number: int) -> list[int]:
         """Tokens to continue: those of an opening, or the one that begins a text."""
@@ -271,6 +264,20 @@ def _end_repetitions(
         if turns[-1] in excluded or turns[-1] in (turns[:-1] or known):
             talk.open = False
             left_out[REPEATED] += 1
+
+
+def _distinct(
+    records: Sequence[dict[str, Any]], known: set[str], left_out: Counter[str]
+) -> list[dict[str, Any]]:
+    """Records that repeat neither an earlier batch nor each other."""
+    seen, distinct = set(known), []
+    for record in records:
+        if key(record) in seen:
+            left_out[REPEATED] += 1
+        else:
+            seen.add(key(record))
+            distinct.append(record)
+    return distinct
 
 
 def _record(talk: Talk) -> dict[str, Any]:

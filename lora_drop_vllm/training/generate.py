@@ -52,9 +52,12 @@ def generate(
     exclude: Sequence[str | Path] = (),
     start: Callable[[str, int, int], Any] = start_engine,
 ) -> Generated:
-    """Write documents of a model to `out`, or resume the run that is in it, up to `count`.
+    """Has a model write documents to `out`, or resumes the run that is in it.
 
     Args:
+        model: folder, or a name in the local Hugging Face cache
+        out: file to write, JSON lines; `NAME.meta.json` beside it says what made them
+        settings: what decides the text
         count: documents to have (300); with `prompts` no more than these, all of them by default
         batch: documents at a time; also what a kill can cost
         prompts: conversations to answer, in place of sampled ones
@@ -70,14 +73,13 @@ def generate(
 
     settings.check()
     asked = read_prompts(prompts) if prompts else None
-    count = COUNT if count is None and asked is None else count
-    made_by = {"model": model_name(model), "digest": model_digest(model), **asdict(settings)}
-    made_by |= _source(prompts, openings, exclude)
-    writer = _writer(AutoTokenizer.from_pretrained(model), settings, asked, openings)
-    excluded = {turn for path in exclude for turn in read_user_turns(Path(path))}
     most = len(asked) if asked else None
+    count = COUNT if count is None and most is None else count
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    writer = _writer(tokenizer, settings, asked, openings)
+    excluded = {turn for path in exclude for turn in read_user_turns(Path(path))}
     with alone(out):
-        file = GeneratedFile(out, made_by)
+        file = GeneratedFile(out, _made_by(model, settings, prompts, openings, exclude))
         if not _done(file, count, most):
             context = min(writer.context, context_length(model))
             engine = start(model, batch, context)
@@ -86,32 +88,40 @@ def generate(
     return file.report()
 
 
-def _source(
-    prompts: Path | None, openings: Sequence[str], exclude: Sequence[str | Path]
+def _made_by(
+    model: str,
+    settings: Generation,
+    prompts: Path | None,
+    openings: Sequence[str],
+    exclude: Sequence[str | Path],
 ) -> dict[str, Any]:
-    """What else decides the documents, for the record."""
+    """All that decides the text; a file resumes with the same only."""
     return {
-        "prompts": prompts and digest(prompts.read_bytes()),
-        "openings": len(openings) and digest("\n".join(openings).encode()),
+        "model": model_name(model),
+        "digest": model_digest(model),
+        **asdict(settings),
+        "prompts": prompts and _digest(prompts.read_bytes()),
+        "openings": len(openings) and _digest("\n".join(openings).encode()),
         "user_tokens": USER_TOKENS,
         "user_top_p": USER_TOP_P,
         "exclude": [Path(path).name for path in exclude],
     }
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
 def _writer(
-    tokenizer: Any, settings: Generation, asked: Sequence[Any] | None, openings: Sequence[str]
-) -> Any:
-    """Writes conversations; without a chat template, continuations."""
+    tokenizer: Any,
+    settings: Generation,
+    asked: Sequence[list[Message]] | None,
+    openings: Sequence[str],
+) -> Conversations | Continuations:
     if getattr(tokenizer, "chat_template", None):
         return Conversations(tokenizer, settings, asked)
-    texts = [messages[-1]["content"] for messages in asked or ()] or openings
-    return Continuations(tokenizer, settings, texts)
-
-
-def digest(content: bytes) -> str:
-    """Twelve hex digits of a content."""
-    return hashlib.sha256(content).hexdigest()[:12]
+    texts = [messages[-1]["content"] for messages in asked or ()]
+    return Continuations(tokenizer, settings, texts or openings)
 
 
 def _done(file: GeneratedFile, count: int | None, most: int | None) -> bool:
@@ -138,7 +148,7 @@ def _run(
             numbers = range(file.attempts, last)
             began = time.monotonic()
             records, left_out = writer.write(
-                numbers, engine, context, file.turns, excluded, progress.set_description
+                numbers, engine, context, file.known, excluded, progress.set_description
             )
             if count is not None and len(records) > count - file.documents:
                 records = records[: count - file.documents]
@@ -151,8 +161,8 @@ def _run(
             if barren >= BARREN:
                 raise RuntimeError(
                     f"{file.path}: the last {barren} attempts gave nothing that can be used "
-                    f"({dict(file.left_out)}); the model may not be a chat model: give "
-                    "--prompts, or train on other text"
+                    f"({dict(file.left_out)}); give --prompts or --corpus to begin with, or train "
+                    "on other text"
                 )
 
 

@@ -47,7 +47,7 @@ class GeneratedFile:
     are cut off when the file is opened again: a kill costs the batch at hand, and nothing else.
 
     Attributes:
-        turns: normalized first user turns in the file, to tell repetitions by
+        known: keys of the documents in the file, to tell repetitions by
         documents, tokens: in the file
         attempts: so many are done
         left_out: turns that could not be used, by reason
@@ -58,7 +58,7 @@ class GeneratedFile:
 
     def __init__(self, path: Path, made_by: dict[str, Any]) -> None:
         self.path, self._made_by = path, json.loads(json.dumps(made_by))
-        self.turns: set[str] = set()
+        self.known: set[str] = set()
         self.documents = self.tokens = self.attempts = 0
         self.left_out: Counter[str] = Counter()
         if _side(path).exists() or (path.exists() and path.stat().st_size):
@@ -97,7 +97,7 @@ class GeneratedFile:
     def _count(self, record: dict[str, Any]) -> None:
         self.documents += 1
         self.tokens += record["tokens"]
-        self.turns.update(user_turns(record)[:1])
+        self.known.add(key(record))
 
     def _go_on(self) -> None:
         try:
@@ -155,6 +155,11 @@ def user_turns(record: dict[str, Any]) -> list[str]:
     """Normalized user turns of a conversation; none of a text."""
     messages = record.get("messages", ())
     return [normalized(m["content"]) for m in messages if m["role"] == "user"]
+
+
+def key(record: dict[str, Any]) -> str:
+    """What tells a document from others: its first user turn, or the whole text."""
+    return user_turns(record)[0] if "messages" in record else normalized(record["text"])
 
 
 def read_user_turns(path: Path) -> Iterator[str]:

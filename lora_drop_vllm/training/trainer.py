@@ -77,8 +77,7 @@ def train(
 
     Args:
         model: folder, or a name in the local Hugging Face cache
-        corpus: files (text or JSON lines, also gzipped), `datasets:NAME[:CONFIG[:SPLIT]]`, or
-            `self` for what the model itself writes; with shares of the tokens, as in `self:0.7`
+        corpus: as for `fit`
         settings: which layers drop, k, rank and the length of a row
         plan: steps, batch, learning rate and the weights of the losses
         out: folder of the adapter, its log and its checkpoint; made if it is not there
