@@ -16,7 +16,7 @@ from browser import MISSING, chromium, playground  # noqa: E402
 
 PROMPT = "Explain what a computer program is."
 TOKENS = 88
-SIZE = {"width": 1200, "height": 800}
+SIZE = {"width": 1200, "height": 1200}
 
 
 def picture(browser: Any, address: str, scheme: str, target: Path) -> None:
@@ -28,10 +28,12 @@ def picture(browser: Any, address: str, scheme: str, target: Path) -> None:
     page.wait_for_selector("#status:has-text('Both have answered')", state="attached", timeout=0)
     tokens = page.query_selector_all("#lora .token.lora.unlikely")
     tokens[len(tokens) // 2].hover()
-    bottom = page.evaluate("document.querySelector('.columns').getBoundingClientRect().bottom")
-    page.screenshot(
-        path=target, clip={"x": 0, "y": 0, "width": SIZE["width"], "height": bottom + 16}
+    bottom = page.evaluate(
+        "Math.max(...['.columns', '#card'].map("
+        "(part) => document.querySelector(part).getBoundingClientRect().bottom))"
     )
+    clip = {"x": 0, "y": 0, "width": SIZE["width"], "height": bottom + 16}
+    page.screenshot(path=target, clip=clip)
     page.close()
     print(target)
 
