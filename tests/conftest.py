@@ -16,7 +16,6 @@ import environment  # first
 import pytest
 import tiny
 import torch
-from chat_models import make_chat_model
 from serving import Serve
 
 
@@ -73,12 +72,6 @@ def smooth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tiny.make_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def chat_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tiny model with a chat template."""
-    return str(make_chat_model(tmp_path_factory.mktemp("chat") / "model", "qwen2"))
 
 
 @pytest.fixture(scope="session")
