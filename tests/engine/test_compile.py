@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from environment import V2
-from gpu_compile import keep_vllm_compile
+from gpu_compile import keep_vllm_compile, own_cache
 from oracle import Oracle
 from serving import PROMPT, Engine, Serve, assert_same, settings_of
 from tiny import load_model, make_adapter, make_model
@@ -95,7 +95,7 @@ def test_each_module_runs_its_own_graphs(
 ) -> None:
     keep_vllm_compile(monkeypatch)
     aot, mega = CACHES[cache]
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    own_cache(monkeypatch, tmp_path / "cache")
     monkeypatch.setenv("VLLM_USE_AOT_COMPILE", aot)
     monkeypatch.setenv("VLLM_USE_MEGA_AOT_ARTIFACT", mega)
     folder, adapter = make_model(tmp_path / "model", family, num_layers=6), tmp_path / "adapter"

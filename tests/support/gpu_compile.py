@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +42,16 @@ def keep_vllm_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         compilation.compile_sizes = []  # as where graph sizes are worked out
 
     monkeypatch.setattr(platform, "check_and_update_config", classmethod(check_and_update_config))
+
+
+def own_cache(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    """Let vLLM cache compiled graphs here, but keep what it knows of model classes (20 s)."""
+    from vllm import envs
+
+    known = Path(envs.VLLM_CACHE_ROOT) / "modelinfos"
+    if known.exists():
+        shutil.copytree(known, root / known.name)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(root))
 
 
 def _declare_what_the_passes_name() -> None:
