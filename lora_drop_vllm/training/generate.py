@@ -1,9 +1,9 @@
-"""`lora-drop generate`: text from the model itself, the kind of text that it is served with.
+"""`lora-drop generate`: text from the model itself, of the kind that it serves.
 
-Conversations: a user's turn is sampled behind the empty user header of the model's own chat
-template, then answered (the idea of Magpie, arXiv 2406.08464); or the prompts of a file are
-answered. A model without a template continues openings. An attempt depends on the seed and its
-number alone, and a batch is appended when it is done, so a killed run resumes where it was.
+A chat model writes conversations. It samples a user's turn after the empty user header of its own
+chat template, then answers it (the idea of Magpie, arXiv 2406.08464), or it answers prompts from a
+file. A model without a template continues openings. An attempt depends only on the seed and its
+number. Each finished batch is appended, so a killed run resumes after its last batch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from lora_drop_vllm.training.generated_file import (
 )
 from lora_drop_vllm.training.turns import Message
 
-COUNT = 300  # documents by default: a hundred thousand tokens or so
-BARREN = 256  # attempts in a row without anything usable: the model cannot do it
+COUNT = 300  # documents by default, about a hundred thousand tokens
+BARREN = 256  # unusable attempts in a row after which the run fails
 
 
 def generate(
@@ -52,19 +52,19 @@ def generate(
     exclude: Sequence[str | Path] = (),
     start: Callable[[str, int, int], Any] = start_engine,
 ) -> Generated:
-    """Write documents of a model to `out`, or resume the run that is in it, up to `count`.
+    """Writes documents of a model to `out` until it holds `count`; resumes a run that is there.
 
     Args:
-        count: documents to have (300); with `prompts` no more than these, all of them by default
-        batch: documents at a time; also what a kill can cost
-        prompts: conversations to answer, in place of sampled ones
+        count: documents to have (300); with `prompts`, at most and by default their number
+        batch: documents at a time; a kill loses one batch at most
+        prompts: conversations to answer, instead of sampled ones
         openings: texts whose beginnings a model without a chat template continues
-        exclude: files of conversations whose user turns must not come again
-        start: of the engine, for a model, a batch and a context
+        exclude: files of conversations; their user turns must not occur again
+        start: starts the engine for a model, a batch and a context
 
     Raises:
-        ValueError: settings, prompts, or a file in `out` that was made otherwise.
-        RuntimeError: the model gives nothing that can be used.
+        ValueError: settings or prompts cannot be used, or `out` was made with other settings.
+        RuntimeError: the model writes nothing usable.
     """
     from transformers import AutoTokenizer
 
@@ -81,7 +81,7 @@ def generate(
         if not _done(file, count, most):
             context = min(writer.context, context_length(model))
             engine = start(model, batch, context)
-            file.add([], 0, Counter(), engine.facts)  # from here on the file is known as ours
+            file.add([], 0, Counter(), engine.facts)  # marks the file as ours
             _run(writer, engine, file, context, excluded, count, batch, most)
     return file.report()
 
@@ -89,7 +89,7 @@ def generate(
 def _source(
     prompts: Path | None, openings: Sequence[str], exclude: Sequence[str | Path]
 ) -> dict[str, Any]:
-    """What else decides the documents, for the record."""
+    """The other facts that decide the documents, for the record."""
     return {
         "prompts": prompts and digest(prompts.read_bytes()),
         "openings": len(openings) and digest("\n".join(openings).encode()),
@@ -102,7 +102,7 @@ def _source(
 def _writer(
     tokenizer: Any, settings: Generation, asked: Sequence[Any] | None, openings: Sequence[str]
 ) -> Any:
-    """Writes conversations; without a chat template, continuations."""
+    """The writer of conversations, or of continuations if there is no chat template."""
     if getattr(tokenizer, "chat_template", None):
         return Conversations(tokenizer, settings, asked)
     texts = [messages[-1]["content"] for messages in asked or ()] or openings
@@ -110,7 +110,7 @@ def _writer(
 
 
 def digest(content: bytes) -> str:
-    """Twelve hex digits of a content."""
+    """Twelve hex digits that identify a content."""
     return hashlib.sha256(content).hexdigest()[:12]
 
 
@@ -150,17 +150,17 @@ def _run(
             barren = 0 if records else barren + len(numbers)
             if barren >= BARREN:
                 raise RuntimeError(
-                    f"{file.path}: the last {barren} attempts gave nothing that can be used "
+                    f"{file.path}: the last {barren} attempts gave nothing usable "
                     f"({dict(file.left_out)}); the model may not be a chat model: give "
                     "--prompts, or train on other text"
                 )
 
 
 def read_prompts(path: Path) -> list[list[Message]]:
-    """Conversations that wait for a reply: `messages` or a `prompt` of JSON lines, or plain lines.
+    """Conversations that wait for a reply: JSON lines with `messages` or `prompt`, or plain lines.
 
     Raises:
-        ValueError: the file cannot be read, or a line is none.
+        ValueError: the file cannot be read, or a line is not a prompt.
     """
     found: list[list[Message]] = []
     try:
@@ -185,5 +185,5 @@ def _prompt(line: str, jsonl: bool, number: int) -> list[Message]:
     while messages and messages[-1]["role"] != "user":
         messages.pop()
     if not messages:
-        raise ValueError(f"line {number} has neither a `prompt` nor `messages` with a user's")
+        raise ValueError(f"line {number} has neither a `prompt` nor `messages` with a user's turn")
     return messages
