@@ -1,4 +1,4 @@
-"""Figures from plain numbers; they need matplotlib, of the extra `train`."""
+"""Figures from plain numbers; they need matplotlib from the extra `train`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def require_matplotlib(flag: str = "--plots") -> None:
-    """Raise ValueError where figures, which `flag` asks for, cannot be drawn."""
+    """Raises ValueError if matplotlib is missing, which the flag `flag` needs."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             f"{flag}: matplotlib is not installed; pip install 'lora_drop_vllm[train]', or leave "
@@ -20,12 +20,12 @@ def require_matplotlib(flag: str = "--plots") -> None:
 def plot_distances(
     curve: Mapping[int, float], horizons: Sequence[int], least: float, path: Path
 ) -> None:
-    """Similarity by token distance, and each layer's similarity horizon (Fig. 1).
+    """Draws similarity by token distance, and each layer's similarity horizon (Fig. 1).
 
     Args:
         curve: distance to cosine similarity, the mean of all layers
-        horizons: of each layer
-        least: similarity within a horizon
+        horizons: the horizon of each layer
+        least: the least similarity within a horizon
     """
     figure, (left, right) = _figure(2, (9, 3.5))
     left.plot([*curve], [*curve.values()], marker="o")
@@ -37,7 +37,7 @@ def plot_distances(
 
 
 def plot_layers(similarity: Mapping[int, Sequence[float]], path: Path) -> None:
-    """Similarity by layer, a curve for each token distance (Fig. 4)."""
+    """Draws similarity by layer, one curve per token distance (Fig. 4)."""
     figure, (axes,) = _figure(1, (6, 4))
     for distance, curve in similarity.items():
         axes.plot(range(len(curve)), curve, marker=".", label=f"distance {distance}")
@@ -47,7 +47,7 @@ def plot_layers(similarity: Mapping[int, Sequence[float]], path: Path) -> None:
 
 
 def plot_runs(runs: Mapping[int, Sequence[tuple[int, float]]], path: Path) -> None:
-    """KL of runs of layers that drop, a curve for each length: (first layer, KL)."""
+    """Draws the KL of runs of layers that drop, one curve per length: (first layer, KL)."""
     figure, (axes,) = _figure(1, (6, 4))
     for count, points in sorted(runs.items()):
         label = f"{count} layers" if count > 1 else "the layer alone"
@@ -58,7 +58,7 @@ def plot_runs(runs: Mapping[int, Sequence[tuple[int, float]]], path: Path) -> No
 
 
 def plot_training(log: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Losses and learning rate over the steps of a training log."""
+    """Draws losses and learning rate over the steps of a training log."""
     figure, (left, right) = _figure(2, (9, 3.5))
     steps = [entry["step"] for entry in log]
     for name in ("loss", "ce", "kl", "hidden"):
@@ -75,11 +75,11 @@ def plot_saving(
     measured: Sequence[tuple[int, float, float]],
     path: Path,
 ) -> None:
-    """KV saved against rho, a curve for every k (Fig. 3).
+    """Draws the KV saved against rho, one curve per k (Fig. 3).
 
     Args:
         curves: k to (rho, share saved) by Eq. 15
-        measured: (k, rho, share saved) at the block pool
+        measured: (k, rho, share saved), counted at the block pool
     """
     figure, (axes,) = _figure(1, (6, 4))
     for number, (k, points) in enumerate(sorted(curves.items())):

@@ -19,8 +19,8 @@ class Batch:
 
     Attributes:
         rope, full_rope: cos and sin, [N, T, head_dim] and of the full positions [N, F, head_dim]
-        mask: of layers outside D
-        drop_mask: of layers in D; queries are the full positions
+        mask: for layers outside D
+        drop_mask: for layers in D; queries are the full positions
     """
 
     layout: Layout
@@ -45,16 +45,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Tail:
-    """What an adapter can change: of each sequence all from before its first LoRA step on.
+    """The positions that an adapter can change: in each sequence, from before its first LoRA step.
 
-    The prompt before that is the base model's own. The last token of it belongs to the tail: the
-    first LoRA steps reuse what its full step kept.
+    The prompt before the tail is the base model's own. Its last token belongs to the tail, because
+    the first LoRA steps reuse what that token's full step kept.
 
     Attributes:
-        at: [N, A]  flat positions of the tail; rows with fewer than A repeat their first position
-        batch: with the tail's A positions as queries; the keys are those of all T positions
-        rows: where the tail's positions stand among all
-        full_rows: where its full positions [N, F] stand among all
+        at: [N, A]  flat positions of the tail; a row with fewer than A repeats its first position
+        batch: the tail's A positions are the queries, and all T positions are the keys
+        rows: places of the tail's positions among all positions
+        full_rows: places of its full positions [N, F] among all positions
     """
 
     at: Tensor
@@ -64,7 +64,7 @@ class Tail:
 
     @classmethod
     def of(cls, model: Any, schedule: Schedule, kv: str, attention: str) -> Tail | None:
-        """The tail of a batch, or None where no LoRA step is."""
+        """The tail of a batch, or None if the batch has no LoRA step."""
         inside = _tail(schedule)
         at, real = _compacted(inside)
         if not real.any():
@@ -92,7 +92,7 @@ class Tail:
 
 
 def _tail(schedule: Schedule) -> Tensor:
-    """[N, T] bool: from the last position before a sequence's first LoRA step on."""
+    """[N, T] bool: true from the last position before a sequence's first LoRA step."""
     count = schedule.lora.int().cumsum(1)
     begins = schedule.position == 0  # no LoRA step
     before = torch.where(begins, count, 0).cummax(1).values
@@ -103,7 +103,7 @@ def _tail(schedule: Schedule) -> Tensor:
 
 
 def _compacted(inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat positions of the True ones, row by row in order, [N, A], and which are no padding."""
+    """Flat positions of the True entries, in order per row, [N, A], and a mask of the real ones."""
     N, T = inside.shape
     count = inside.sum(1, keepdim=True)
     real = torch.arange(int(count.max()), device=inside.device) < count
@@ -118,7 +118,7 @@ def _places(at: Tensor, real: Tensor) -> Places:
 
 
 def _rows(x: Tensor, at: Tensor) -> Tensor:
-    """Numbers of [N, T] by flat position, in the shape of `at`."""
+    """Values of [N, T] at flat positions, in the shape of `at`."""
     return x.flatten()[at]
 
 
@@ -136,7 +136,7 @@ def _full_span(queries: Span, layout: Layout) -> Span:
 def _ropes(
     model: Any, schedule: Schedule, layout: Layout
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Cos and sin of all positions, and of the full ones."""
+    """Cos and sin of all positions, and of the full positions."""
     rope = model.model.rotary_emb(model.model.embed_tokens.weight, schedule.position)
     cos, sin = (take(part, layout.full_at) for part in rope)
     return rope, (cos, sin)

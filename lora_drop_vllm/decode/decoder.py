@@ -1,7 +1,7 @@
 """The served decode for all positions of a sequence at once, differentiable (Sec. II-B, II-E).
 
-What trainer and evaluator run. The Hugging Face model's own modules do the work; a drop layer runs
-at the full positions only, gathered into rows of their own, and the update takes the rest.
+The trainer and the evaluator run it. The Hugging Face model's own modules do the work. A drop layer
+runs at the full positions only, gathered into rows of their own. The update fills in the rest.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from lora_drop_vllm.method.reuse import REUSE, Reuse
 from lora_drop_vllm.method.sites import Site
 
 FAMILIES = ("llama", "qwen2")
-TOKENS_AT_ONCE = 2048  # of a batch, where no gradient is wanted
+TOKENS_AT_ONCE = 2048  # per batch, if no gradient is needed
 
 
 def base_model(model: Any) -> BaseModel:
-    """What an adapter for a Hugging Face model must agree on.
+    """The properties of a Hugging Face model that its adapter must match.
 
     Raises:
-        ValueError: a model of another family, or one with sliding-window attention.
+        ValueError: the model has another family or sliding-window attention.
     """
     config = model.config
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model_type={config.model_type!r}: LoRA-Drop knows {' and '.join(FAMILIES)}; use a "
-            "model of one of them"
+            f"model_type={config.model_type!r}: LoRA-Drop supports {' and '.join(FAMILIES)}; use "
+            "one of these models"
         )
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
@@ -51,17 +51,18 @@ def base_model(model: Any) -> BaseModel:
 class ForcedDecoder:
     """A Hugging Face Llama or Qwen2 model under LoRA-Drop.
 
-    The model is put into evaluation mode, frozen and told to attend with the backend; only the
-    adapter's parameters get gradients.
+    The constructor freezes the model, puts it into evaluation mode and sets its attention backend.
+    Only the adapter's parameters get gradients.
 
     Args:
         model: `LlamaForCausalLM` or `Qwen2ForCausalLM`
-        adapter: made for that model
+        adapter: an adapter for that model
         attention: `sdpa`, `flex` or `xformers`
         checkpoint: recompute each layer in the backward pass instead of keeping its activations
 
     Raises:
-        ValueError: another family, an adapter for another model, a backend not to be had here.
+        ValueError: the model has another family, the adapter is for another model, or the backend
+            is not available here.
     """
 
     def __init__(
@@ -82,16 +83,16 @@ class ForcedDecoder:
     def hidden(self, tokens: Tensor, schedule: Schedule) -> Tensor:
         """The normed stream [N, T, d] that `logits` reads, for token ids [N, T].
 
-        At padding it holds no meaning.
+        Values at padding have no meaning.
         """
         x, batch = self._stem(tokens, schedule)
         return self._rest(x, batch, adapted=True)
 
     def hidden_and_base(self, tokens: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """`hidden`, and the base model's own.
+        """`hidden`, and the same stream of the base model.
 
-        Layers below the first drop layer run once. Above, the student runs at the positions that
-        the adapter can change, beside the base model's keys and values of the others.
+        Layers below the first drop layer run once. From there on, the student runs only at the
+        positions that the adapter can change. It reads the base model's keys and values elsewhere.
         """
         x, batch = self._stem(tokens, schedule)
         recorded = Recorded()
@@ -104,12 +105,12 @@ class ForcedDecoder:
         return tail.rows.put(base, own), base
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] to [..., vocabulary]."""
+        """Logits of the normed stream, [..., d] to [..., vocabulary]."""
         logits: Tensor = self.model.lm_head(hidden)
         return logits
 
     def logits_transposed(self, slope: Tensor) -> Tensor:
-        """The gradient by `hidden` out of that by the logits: [..., vocabulary] to [..., d]."""
+        """The gradient by `hidden`, from that by the logits, [..., vocabulary] to [..., d]."""
         by_hidden: Tensor = slope @ self.model.lm_head.weight
         return by_hidden
 
@@ -117,7 +118,7 @@ class ForcedDecoder:
     def _stem(self, tokens: Tensor, schedule: Schedule) -> tuple[Tensor, Batch]:
         if tokens.shape != schedule.full.shape:
             raise ValueError(
-                f"tokens of shape {list(tokens.shape)}: the schedule is for "
+                f"tokens of shape {list(tokens.shape)}: the schedule has shape "
                 f"{list(schedule.full.shape)}; make both from the same batch"
             )
         batch = Batch.of(self.model, schedule, self.adapter.config.kv, self.attention)
@@ -127,7 +128,7 @@ class ForcedDecoder:
         return x, batch
 
     def _rest(self, x: Tensor, batch: Batch, **how: Any) -> Tensor:
-        """The layers from the first drop layer on, and the norm; `how` is for `_layer`."""
+        """The layers from the first drop layer on, and the norm; `how` goes to `_layer`."""
         recompute = self.checkpoint and torch.is_grad_enabled()
         for i in range(self._shared, self.model.config.num_hidden_layers):
             if recompute:
@@ -147,9 +148,9 @@ class ForcedDecoder:
         recorded: Recorded | None = None,
         tail: Tail | None = None,
     ) -> Tensor:
-        """A layer of the base model, which `recorded` takes the K and V of, or of the student.
+        """One layer of the base model or of the student; `recorded` keeps the base model's K and V.
 
-        With a tail the student attends to the recorded K and V too.
+        With a tail, the student also attends to the recorded K and V.
         """
         layer, config = self.model.model.layers[i], self.adapter.config
         if not adapted:
@@ -166,7 +167,7 @@ def run_layer(layer: Any, x: Tensor, batch: Batch, cache: Any = None) -> Tensor:
     """f^i at every position, [N, T, d] to [N, T, d].
 
     Args:
-        cache: what decides on the keys and values, see `keys_values`
+        cache: object that supplies the keys and values; see `keys_values`
     """
     out: Tensor = layer(
         x, attention_mask=batch.mask, position_embeddings=batch.rope, past_key_values=cache
@@ -181,14 +182,14 @@ def refresh(
     kv: str,
     beside: tuple[tuple[Tensor, Tensor], Tail] | None = None,
 ) -> list[Tensor]:
-    """f^i at the full positions: the stream before, between and behind its halves.
+    """f^i at the full positions: the stream before, between and after its halves.
 
-    Under `kv: skip` they attend to each other; under `write` to the K and V that every position
-    makes of its own input.
+    Under `kv: skip`, full positions attend to each other. Under `write`, they attend to the K and V
+    that every position makes from its own input.
 
     Args:
         x: [N, T, d]
-        beside: where x is a tail: the base model's K and V of this layer, and the tail
+        beside: the base model's K and V of this layer, and the tail, if x is a tail
 
     Returns:
         [N, F, d] each.
@@ -201,7 +202,7 @@ def refresh(
 
 
 def halves(layer: Any, x: Tensor, batch: Batch) -> list[Tensor]:
-    """f^i at every position: the stream before, between and behind its halves, [N, T, d] each."""
+    """f^i at every position: the stream before, between and after its halves, [N, T, d] each."""
     return _halves(layer, x, batch.rope, batch.mask, None)
 
 
@@ -219,7 +220,7 @@ def _halves(layer: Any, before: Tensor, rope: Any, mask: Any, cache: Any) -> lis
 def update(
     x: Tensor, stream: list[Tensor], batch: Batch, config: AdapterConfig, of: Sequence[Site]
 ) -> Tensor:
-    """Fill in the LoRA positions: x_t^i = beta x_t^{i-1} + c_i + s B_i A_i x_t^{i-1} (Eq. 4).
+    """Fills in the LoRA positions: x_t^i = beta x_t^{i-1} + c_i + s B_i A_i x_t^{i-1} (Eq. 4).
 
     Args:
         x: [N, T, d]  the layer's input
@@ -237,17 +238,17 @@ def update(
 
 
 def ends(stream: list[Tensor], config: AdapterConfig) -> list[Tensor]:
-    """The stream at the ends of a layer's sites, out of that at the ends of its halves."""
+    """The stream at the ends of a layer's sites, from the stream at the ends of its halves."""
     return stream if config.injection == "attn_mlp" else stream[::2]
 
 
 def through(
     site: Site, z: Tensor, before: Tensor, after: Tensor, layout: Layout, config: AdapterConfig
 ) -> Tensor:
-    """The LoRA positions' rows behind a site.
+    """The LoRA positions' rows after a site.
 
     Args:
-        z: [M, d]  before it
+        z: [M, d]  the rows before it
         before, after: [N, F, d]  the full positions' rows on both sides
     """
     rule = REUSE[config.reuse]
@@ -261,11 +262,11 @@ def through(
 
 
 def kept(before: Tensor, after: Tensor, rule: Reuse, gate: Tensor | None) -> Tensor | None:
-    """c_i after a full step, at every position given, or None where the rule keeps nothing.
+    """c_i after a full step, at every given position, or None if the rule keeps nothing.
 
     Args:
         before, after: [..., d]  the stream on both sides of a site
-        gate: [d], or None: g = 1
+        gate: [d], or None for g = 1
     """
     if not rule.keeps_state:
         return None
@@ -277,7 +278,7 @@ def kept(before: Tensor, after: Tensor, rule: Reuse, gate: Tensor | None) -> Ten
 
 
 def regressor(z: Tensor, layout: Layout, rule: Reuse) -> Tensor:
-    """What A reads in place of a site's inputs z [M, d], so that c_i is always a full step's.
+    """The input of A that replaces a site's inputs z [M, d]; c_i then always is a full step's.
 
     x_t = x_{t-1} + s B A z_t (`previous`) unrolls to x_t = x_a + s B A (z_{a+1} + ... + z_t).
     """

@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def kl_divergence(log_p: Tensor, base_log_p: Tensor) -> Tensor:
-    """KL(base || this) in nats; [R, V] each to [R]."""
+    """KL(base || this) in nats, from [R, V] each to [R]."""
     return (base_log_p.exp() * (base_log_p - log_p)).sum(-1)

@@ -1,6 +1,6 @@
-"""Objects in the place of a layer's KV cache: keys and values of more positions than its queries.
+"""Objects that replace a layer's KV cache; their K and V cover more positions than the queries.
 
-An attention module hands its new K and V to `update` and attends to what comes back.
+An attention module passes its new K and V to `update` and attends to the result.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class AllPositions:
-    """The K and V of every position, whatever positions the queries are at.
+    """The K and V of every position, independent of the queries' positions.
 
     Args:
         x: [N, T, d]  the layer's input
@@ -31,15 +31,15 @@ class AllPositions:
         _, self.key = apply_rotary_pos_emb(key, key, *rope)
 
     def update(self, *_: Any) -> tuple[Tensor, Tensor]:
-        """[N, kv_heads, T, head_dim] each."""
+        """K and V of all positions, [N, kv_heads, T, head_dim] each."""
         return self.key, self.value
 
 
 class Recorded:
-    """The K and V of each layer that ran, kept for a second pass over a part of the positions.
+    """The K and V of each layer that ran, kept for a second pass over some of the positions.
 
     Attributes:
-        layers: by number of the layer, [N, kv_heads, T, head_dim] each
+        layers: layer number to K and V, [N, kv_heads, T, head_dim] each
     """
 
     def __init__(self) -> None:
@@ -53,10 +53,10 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the rows of a part of a batch stand in the whole.
+    """Places of the rows of a part of a batch in the whole batch.
 
     Attributes:
-        rows: [M]  flat places in the part's [N, A]; padding is left out
+        rows: [M]  flat places in the part's [N, A], without padding
         at: [M]  flat positions in the whole [N, T]
     """
 
@@ -64,18 +64,18 @@ class Places:
     at: Tensor
 
     def put(self, whole: Tensor, part: Tensor) -> Tensor:
-        """`whole` [N, T, …] with the rows of `part` [N, A, …] in their places."""
+        """`whole` [N, T, …] after the rows of `part` [N, A, …] replaced its own."""
         rows = part.flatten(0, 1).index_select(0, self.rows).to(whole.dtype)
         return whole.flatten(0, 1).index_copy(0, self.at, rows).view_as(whole)
 
 
 class Beside:
-    """The recorded K and V of all positions, with those of some rows replaced by new ones.
+    """The recorded K and V of all positions; new ones replace those of some rows.
 
     Args:
         recorded: K and V, [N, kv_heads, T, head_dim] each
-        places: of the new rows
-        source: where they come from, if not from the queries' positions
+        places: places of the new rows
+        source: object that makes the new K and V, if not the queries' positions
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Beside:
         self._recorded, self._places, self._source = recorded, places, source
 
     def update(self, *new: Any) -> tuple[Tensor, Tensor]:
-        """[N, kv_heads, T, head_dim] each."""
+        """K and V of all positions, [N, kv_heads, T, head_dim] each."""
         key, value = new[:2] if self._source is None else self._source.update()
         base_key, base_value = self._recorded
         return self._put(base_key, key), self._put(base_value, value)

@@ -1,8 +1,8 @@
-"""Attention backends of the offline model, and causal masks in the form each of them reads.
+"""Attention backends of the offline model, and causal masks in the form that each backend reads.
 
-`sdpa` is transformers' own. The others are registered beside it through its public registry.
-`matmul` is two matrix products and a softmax, on CPUs in bfloat16 twice as fast as `sdpa`; it holds
-the scores of all queries and keys. On the CPU, FlexAttention runs uncompiled and forward only.
+`sdpa` is transformers' own. The public registry of transformers adds the others. `matmul` is two
+matrix products and a softmax. On CPUs in bfloat16 it is twice as fast as `sdpa`, but it holds the
+scores of all queries and keys. On the CPU, FlexAttention runs uncompiled and forward only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Span:
     """Positions of a batch as queries or keys.
 
     Attributes:
-        column: [N, L] int  column in the batch, ascending over the real ones of a row
+        column: [N, L] int  column in the batch; real positions of a row ascend
         sequence: [N, L] int  number of the sequence, negative for padding
     """
 
@@ -33,16 +33,16 @@ class Span:
 
     @property
     def packed(self) -> bool:
-        """Whether a row holds more than one sequence."""
+        """True if a row holds more than one sequence."""
         other = self.sequence != self.sequence[:, :1]
         return bool((other & (self.sequence >= 0)).any())
 
 
 def use_backend(model: Any, backend: str) -> None:
-    """Make a Hugging Face model attend with a backend.
+    """Sets the attention backend of a Hugging Face model.
 
     Raises:
-        ValueError: unknown, or not to be had here.
+        ValueError: the backend is unknown, or not available here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention={backend!r}: expected one of {', '.join(BACKENDS)}")
@@ -52,7 +52,7 @@ def use_backend(model: Any, backend: str) -> None:
             raise ValueError(f"attention='xformers': not installed; install it, or {way_out}")
         if model.device.type != "cuda":
             raise ValueError(
-                f"attention='xformers': runs on CUDA only and the model is on {model.device}; "
+                f"attention='xformers': runs on CUDA only, but the model is on {model.device}; "
                 f"{way_out}"
             )
     from transformers import AttentionInterface
@@ -64,13 +64,13 @@ def use_backend(model: Any, backend: str) -> None:
 
 
 def causal_mask(backend: str, queries: Span, keys: Span) -> Any:
-    """Each query sees the keys of its own sequence up to itself.
+    """Mask in which each query sees the keys of its own sequence up to itself.
 
     Args:
-        queries, keys: [N, Q] and [N, K]; the same object where a span attends to itself
+        queries, keys: [N, Q] and [N, K]; the same object if a span attends to itself
 
     Returns:
-        What the backend takes as `attention_mask`.
+        The `attention_mask` that the backend takes.
     """
     if backend == "flex":
         from torch.nn.attention.flex_attention import create_block_mask
@@ -101,13 +101,13 @@ def causal_mask(backend: str, queries: Span, keys: Span) -> Any:
 
 
 def _sees(column: Tensor, sequence: Tensor, key_column: Tensor, key_sequence: Tensor) -> Tensor:
-    """Padding sees all before it: a query without a key has no softmax."""
+    """Mask of keys; padding sees all before it, because a query without a key has no softmax."""
     own = (key_sequence == sequence) | (sequence < 0)
     return own & (key_column <= column)
 
 
 def _run_lengths(sequence: Tensor) -> list[int]:
-    """Lengths of the runs of one sequence (or padding) in the rows, one after the other."""
+    """Lengths of the runs of one sequence (or padding), for all rows in order."""
     begins = torch.ones_like(sequence, dtype=torch.bool)
     begins[:, 1:] = sequence[:, 1:] != sequence[:, :-1]
     at = begins.flatten().nonzero().squeeze(1)
@@ -115,14 +115,14 @@ def _run_lengths(sequence: Tensor) -> list[int]:
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """Bias [N, heads, Q, K] of a mask [N, 1, Q, K]; xformers wants rows of a multiple of eight."""
+    """Bias [N, heads, Q, K] of a mask [N, 1, Q, K]; xformers needs rows of a multiple of eight."""
     N, _, Q, K = mask.shape
     bias = like.new_full((N, 1, Q, -(-K // 8) * 8), float("-inf"))[..., :K]
     return bias.masked_fill_(mask, 0.0).expand(-1, like.shape[1], -1, -1)
 
 
 def _per_head(module: Any, *keys_values: Tensor) -> list[Tensor]:
-    """K and V once per query head."""
+    """K and V, repeated for each query head."""
     return [x.repeat_interleave(module.num_key_value_groups, 1) for x in keys_values]
 
 
@@ -137,7 +137,7 @@ def _matmul(
 ) -> tuple[Tensor, None]:
     """Attention by matrix products, [N, heads, L, head_dim] to [N, Q, heads, head_dim].
 
-    The query heads of one K and V head are rows of one product.
+    All query heads that share a K and V head form the rows of one product.
     """
     N, heads, Q, width = query.shape
     groups, device = key.shape[1], query.device.type
@@ -195,7 +195,7 @@ def _xformers(
     key, value = _per_head(module, key, value)
     rows = [x.transpose(1, 2) for x in (query, key, value)]  # [N, L, heads, head_dim]
     shape = rows[0].shape
-    if not isinstance(attention_mask, Tensor):  # block-diagonal: over one long row
+    if not isinstance(attention_mask, Tensor):  # a block-diagonal mask needs one long row
         rows = [x.flatten(0, 1)[None] for x in rows]
     out = memory_efficient_attention(*rows, attn_bias=attention_mask, scale=scaling)
     return out.view(shape), None

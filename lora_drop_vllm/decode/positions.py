@@ -1,4 +1,4 @@
-"""The served schedule for whole sequences: which positions are full, and where their rows go."""
+"""The served schedule for whole sequences: the full positions, and the places of their rows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def rows(lengths: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Kind of step of every position (Sec. II-B), for a batch of N rows of T positions.
+    """The step kind of every position (Sec. II-B), for a batch of N rows of T positions.
 
     Attributes:
-        sequence: [N, T] int  number of the sequence a position belongs to, negative for padding
-        position: [N, T] int  place in its sequence
+        sequence: [N, T] int  number of the position's sequence, negative for padding
+        position: [N, T] int  place in that sequence
         full: [N, T] bool     prompt positions and refreshes
-        lora: [N, T] bool     LoRA positions; padding is neither
+        lora: [N, T] bool     LoRA positions; padding is neither full nor LoRA
     """
 
     sequence: Tensor
@@ -39,13 +39,13 @@ class Schedule:
         """A prompt, then cycles of k LoRA positions and a refresh.
 
         Args:
-            sequence: [N, T]  from `rows`, or of packed rows: S sequences numbered from 0 over the
-                whole batch, each in one run
+            sequence: [N, T]  from `rows`, or of packed rows; S sequences have numbers from 0 across
+                the whole batch, and each is one run
             prompt, k, phase: one for all or [S]; `phase` counts the LoRA positions of the first
-                cycle that are taken as gone by already
+                cycle that have already passed
 
         Raises:
-            ValueError: sequences in pieces, or a prompt, k or phase that cannot be.
+            ValueError: a sequence is in pieces, or a prompt, k or phase is out of range.
         """
         column = torch.arange(sequence.shape[1], device=sequence.device)
         real = sequence >= 0
@@ -65,12 +65,12 @@ class Schedule:
 
 
 def _lengths(sequence: Tensor, begins: Tensor) -> Tensor:
-    """[S], from the numbers of the runs in a batch."""
+    """Lengths [S], from the numbers of the runs in a batch."""
     numbers = sequence[begins]
     if not torch.equal(numbers.sort().values, torch.arange(len(numbers), device=numbers.device)):
         raise ValueError(
             f"sequence={numbers.tolist()}, one number per run: expected 0, 1, 2, … each once; give "
-            "every sequence of the batch a number of its own."
+            "each sequence of the batch its own number."
         )
     return sequence[sequence >= 0].bincount(minlength=len(numbers))
 
@@ -91,16 +91,16 @@ def _check(lengths: Tensor, prompt: Tensor, k: Tensor, phase: Tensor) -> None:
 class Layout:
     """Index tensors between a batch's positions and the rows that drop layers compute.
 
-    Full positions are compacted to [N, F], so that attention under `kv: skip` is causal among them.
+    Full positions are compacted to [N, F]; attention under `kv: skip` is then causal among them.
 
     Attributes:
-        full_at: [N, F]  flat position (n * T + t) of every full position in order; rows with fewer
-            than F repeat their first position
-        real: [N, F] bool  false on those repetitions
+        full_at: [N, F]  flat position (n * T + t) of every full position in order; a row with fewer
+            than F repeats its first position
+        real: [N, F] bool  false on these repetitions
         lora_at: [M]  flat position of every LoRA position
         slots: [M]  flat place in [N, F] of the last full position before it
-        source: [N * T]  place of each position's result in the N * F full rows and M LoRA rows, one
-            after the other; any for padding
+        source: [N * T]  place of each position's result in the N * F full rows, followed by the M
+            LoRA rows; arbitrary for padding
     """
 
     full_at: Tensor
@@ -111,7 +111,7 @@ class Layout:
 
     @classmethod
     def of(cls, schedule: Schedule) -> Layout:
-        """Of one batch, on the schedule's device."""
+        """The layout of one batch, on the schedule's device."""
         full = schedule.full
         N, T = full.shape
         row = torch.arange(N, device=full.device)[:, None]
@@ -133,12 +133,12 @@ class Layout:
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
-    """Vectors of [N, T, d] by flat position, in the shape of `at`."""
+    """Vectors of [N, T, d] at flat positions, in the shape of `at`."""
     return x.flatten(0, 1).index_select(0, at.flatten()).view(*at.shape, x.shape[-1])
 
 
 def sum_since_full(z: Tensor, layout: Layout) -> Tensor:
-    """Sum over the LoRA positions up to each one since its last full position; [M, d], fp32."""
+    """Sum from the first LoRA position after the last full one to each position, [M, d], fp32."""
     N, d = layout.full_at.shape[0], z.shape[-1]
     spread = z.new_zeros(layout.source.numel(), d, dtype=torch.float32)
     spread = spread.index_copy(0, layout.lora_at, z.float())

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, from a folder or the local cache."""
+"""The base model and its tokenizer, from a folder or from the local cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")  # what decides a model's answers
+FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")  # files that decide a model's answers
 SLICE, SLICES = 1 << 16, 16  # bytes of a large file that its digest reads
 
 
@@ -19,7 +19,7 @@ def open_model(model: str) -> tuple[Any, Any]:
         model: folder, or a name in the local Hugging Face cache
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model does not exist.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,17 +33,17 @@ def open_model(model: str) -> tuple[Any, Any]:
 
 
 def model_name(model: str) -> str:
-    """What an adapter calls its base model: the name of a folder, or the name in the cache."""
+    """The name of a base model in an adapter: its folder's name, or its name in the cache."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def model_digest(model: str) -> str:
-    """Twelve hex digits that tell a model from others: of its files' names, sizes and bytes.
+    """Twelve hex digits that identify a model, from its files' names, sizes and bytes.
 
-    Of large files sixteen slices are read; other weights differ in all of them.
+    The digest reads sixteen slices of a large file; other weights differ in every slice.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: the model does not exist.
     """
     digest = hashlib.sha256()
     for path in sorted(_folder(model).iterdir()):
@@ -62,7 +62,7 @@ def model_digest(model: str) -> str:
 
 
 def _folder(model: str) -> Path:
-    """Where a model's files are."""
+    """The folder that holds a model's files."""
     from transformers.utils import cached_file
 
     try:
@@ -73,7 +73,7 @@ def _folder(model: str) -> Path:
 
 
 def context_length(model: str) -> int:
-    """Positions that a model was made for."""
+    """The number of positions that a model supports."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(_folder(model)).get_text_config()

@@ -13,7 +13,7 @@ class Adapter(nn.Module):
     """The tensors of an adapter folder as trainable parameters in fp32.
 
     Raises:
-        AdapterError: the tensors are not those that the config describes.
+        AdapterError: the tensors do not match the config.
     """
 
     def __init__(self, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""Conversations to fit and train on: each reply of the assistant behind the prompt it had.
+"""Conversations to fit and train on: each assistant reply, after the prompt that it answers.
 
-The tokenizer's chat template makes both, as a server does: the prompt ends where the reply begins,
-so the schedule is the served one and the losses count what would have been generated.
+The tokenizer's chat template renders both, as on a server. The prompt ends where the reply begins.
+The schedule is therefore the served one, and the losses count the generated tokens only.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Any
 
 from tqdm import tqdm
 
-LEAST = 2  # tokens of a reply: the first is predicted by the prompt
+LEAST = 2  # tokens of a reply, at least: the prompt predicts the first
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of a `role` and a `content`, at least one of them a reply of the assistant.
+    """Messages with a `role` and a `content`; at least one is an assistant reply.
 
-    A reply that was cut off says so in a field `cut`; it has no end to learn.
+    The field `cut` marks a reply that was cut off; it has no end to learn.
     """
 
     messages: list[dict[str, Any]]
 
     @classmethod
     def of(cls, raw: Any) -> Conversation:
-        """Out of the field `messages`.
+        """The conversation in a field `messages`.
 
         Raises:
-            KeyError: it is something else.
+            KeyError: the field holds no conversation.
         """
         if not isinstance(raw, list):
             raise KeyError("messages")
@@ -45,7 +45,7 @@ class Conversation:
         return found
 
     def replies(self) -> Iterator[int]:
-        """Numbers of the messages that are replies: of the assistant, behind another message."""
+        """Numbers of the assistant's messages that follow another message."""
         for number, message in enumerate(self.messages):
             if number and message["role"] == "assistant" and message["content"].strip():
                 yield number
@@ -53,7 +53,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Reply:
-    """Tokens of a prompt and a reply, and how many of them are the prompt's."""
+    """Tokens of a prompt and a reply, and the number of prompt tokens."""
 
     tokens: array[int]
     prompt: int
@@ -62,18 +62,18 @@ class Reply:
 def render(
     documents: Sequence[str | Conversation], tokenizer: Any, length: int
 ) -> tuple[list[str | Reply], list[str]]:
-    """The documents with replies in the place of conversations, and why other replies are none.
+    """The documents, with each conversation replaced by its replies, and why others were left out.
 
     Args:
         length: tokens at most; a longer reply loses its end
 
     Raises:
-        ValueError: there are conversations and the tokenizer has no chat template.
+        ValueError: there are conversations, but the tokenizer has no chat template.
     """
     chats = sum(isinstance(document, Conversation) for document in documents)
     if chats and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "--corpus: messages need a chat template, and the model's tokenizer has none; take a "
+            "--corpus: messages need a chat template, and the model's tokenizer has none; use a "
             "chat model, or write each conversation as text in a field `text`"
         )
     found: list[str | Reply] = []
@@ -93,10 +93,10 @@ def render(
 
 
 def _reply(messages: list[dict[str, Any]], tokenizer: Any, length: int) -> Reply:
-    """The last message behind those before it.
+    """The last message as a reply to the messages before it.
 
     Raises:
-        ValueError: it cannot be used.
+        ValueError: the reply cannot be used.
     """
     from jinja2 import TemplateError
 
@@ -112,9 +112,9 @@ def _reply(messages: list[dict[str, Any]], tokenizer: Any, length: int) -> Reply
         raise ValueError(f"the chat template refuses a conversation ({error})") from error
     first, tokens = tokenizer([prompt, whole], add_special_tokens=False).input_ids
     if tokens[: len(first)] != first:
-        raise ValueError("the chat template renders a reply otherwise than behind its prompt")
+        raise ValueError("the chat template does not render a reply directly after its prompt")
     if tokenizer.eos_token_id in tokens[len(first) :]:
-        behind = tokens[::-1].index(tokenizer.eos_token_id)  # what a template puts there
+        behind = tokens[::-1].index(tokenizer.eos_token_id)  # the template's own tokens after it
         tokens = tokens[: len(tokens) - behind]
     tokens = tokens[:length]
     if len(tokens) - len(first) < LEAST:

@@ -1,4 +1,4 @@
-"""Where a training run stands: one file, replaced as a whole, and a log that agrees with it."""
+"""The state of a training run: one file, replaced as a whole, and a log that agrees with it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LOG = "training.jsonl"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """After `step` steps.
+    """The state of a run after `step` steps.
 
     Attributes:
-        config: of the adapter
-        run: the settings that the run goes by
-        position: in the corpus
-        tensors: the adapter's, and as `exp_avg/…` and `exp_avg_sq/…` AdamW's
+        config: the adapter's config
+        run: the settings of the run
+        position: the position in the corpus
+        tensors: the adapter's tensors, and AdamW's as `exp_avg/…` and `exp_avg_sq/…`
     """
 
     config: AdapterConfig
@@ -39,7 +39,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def save(self, folder: Path) -> None:
-        """Replace the folder's checkpoint; a kill leaves the old one or the new one."""
+        """Replaces the folder's checkpoint; a kill leaves the old one or the new one."""
         state = {
             "config": asdict(self.config),
             "run": self.run,
@@ -55,7 +55,7 @@ class Checkpoint:
         """The folder's checkpoint, if it has one.
 
         Raises:
-            ValueError: the file is none.
+            ValueError: the file is not a checkpoint.
         """
         path = folder / FILE
         if not path.is_file():
@@ -75,17 +75,17 @@ class Checkpoint:
             ) from error
 
     def check_run(self, run: Mapping[str, Any], folder: Path) -> None:
-        """Raise ValueError where the run in the folder goes by other settings."""
+        """Raises ValueError if the run in the folder has other settings."""
         for name, value in run.items():
             if (other := self.run.get(name)) != value:
                 raise ValueError(
-                    f"--out {folder}: a run with --{name.replace('_', '-')} {other} is in it, not "
-                    f"{value}; go on with that, or choose another --out"
+                    f"--out {folder}: holds a run with --{name.replace('_', '-')} {other}, not "
+                    f"{value}; resume it with that value, or choose another --out"
                 )
 
 
 def read_log(folder: Path, steps: int) -> list[dict[str, float]]:
-    """The log's entries of the first `steps` steps; a line cut by a kill is none."""
+    """The log's entries for the first `steps` steps, without a line that a kill cut."""
     path, entries = folder / LOG, []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -98,11 +98,11 @@ def read_log(folder: Path, steps: int) -> list[dict[str, float]]:
 
 
 def write_log(folder: Path, entries: list[dict[str, float]]) -> None:
-    """Replace the log."""
+    """Replaces the log."""
     with replacing(folder / LOG) as scratch:
         scratch.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def append_log(folder: Path, entry: dict[str, float]) -> None:
-    """Add a step's entry."""
+    """Appends one step's entry to the log."""
     append_line(folder / LOG, json.dumps(entry))

@@ -1,4 +1,4 @@
-"""Documents that a model writes, a batch at a time: conversations, and continued texts."""
+"""Documents that a model writes in batches: conversations, and continued texts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lora_drop_vllm.engine.offline_generation import Completion, Generator, Requ
 from lora_drop_vllm.training.generated_file import key, normalized
 from lora_drop_vllm.training.turns import Message, Turns, repeats
 
-USER_TOKENS = 256  # of a user's turn, at most
-USER_TOP_P = 0.99  # of a user's turn, at temperature 1
+USER_TOKENS = 256  # tokens of a user's turn, at most
+USER_TOP_P = 0.99  # top-p for a user's turn, at temperature 1
 SPARE = 512  # tokens of a context for headers and a system prompt
-OPENING = 32  # tokens of a text that is to be continued
+OPENING = 32  # tokens of an opening
 REPEATED = "repeated turn"
-LEAST = 16  # tokens of a continuation
+LEAST = 16  # tokens of a continuation, at least
 SYSTEMS = (
     "",
     "You are a helpful assistant.",
@@ -30,14 +30,14 @@ SYSTEMS = (
 
 @dataclass(frozen=True)
 class Generation:
-    """What decides the text.
+    """The settings that decide the text.
 
     Attributes:
-        max_tokens: of a reply or a continuation
-        turns: of a conversation, at most; fewer are likelier
+        max_tokens: tokens of a reply or a continuation, at most
+        turns: turns of a conversation, at most; fewer are likelier
         greedy: share of the documents that are greedy
-        temperature: of the other replies
-        system: system prompts that half of the conversations begin with; the others give none
+        temperature: temperature of the other replies
+        system: system prompts for half of the conversations; the others have none
     """
 
     seed: int = 0
@@ -48,7 +48,7 @@ class Generation:
     system: tuple[str, ...] = SYSTEMS
 
     def check(self) -> None:
-        """Raise ValueError for what cannot be, naming the flag."""
+        """Raises ValueError for a value out of range; the error names the flag."""
         for ok, flag, value, allowed in (
             (self.max_tokens >= LEAST, "max-tokens", self.max_tokens, f"{LEAST} or more"),
             (self.turns >= 1, "turns", self.turns, "1 or more"),
@@ -59,7 +59,7 @@ class Generation:
                 raise ValueError(f"--{flag} {value}: expected {allowed}")
 
     def random(self, *what: Any) -> random.Random:
-        """A source of chance for something, the same in every run."""
+        """A random generator for one purpose, the same in every run."""
         return random.Random("/".join(map(str, (self.seed, *what))))
 
     def request(self, tokens: list[int], greedy: bool, *what: Any, **stop: Any) -> Request:
@@ -71,7 +71,7 @@ class Generation:
 
 @dataclass
 class Talk:
-    """A conversation on its way."""
+    """A conversation in progress."""
 
     number: int
     messages: list[Message]
@@ -82,13 +82,13 @@ class Talk:
 
 
 class Conversations:
-    """Conversations by attempt: user's turns sampled or given, replies behind them.
+    """Conversations by attempt: sampled or given user turns, and the replies to them.
 
     Args:
-        asked: messages to answer once each, by attempt; without them user's turns are sampled
+        asked: conversations to answer, one per attempt; None samples the user's turns
 
     Attributes:
-        context: tokens that the longest conversation may have
+        context: tokens of the longest conversation, at most
     """
 
     def __init__(
@@ -109,13 +109,13 @@ class Conversations:
         excluded: set[str],
         say: Callable[[str], Any],
     ) -> tuple[list[dict[str, Any]], Counter[str]]:
-        """Records of the attempts that came to something, and turns left out by reason.
+        """Records of the usable attempts, and the numbers of turns left out, by reason.
 
         Args:
             context: tokens of a prompt and its continuation
-            known: keys of earlier documents, which must not come again
-            excluded: user's turns that must not come at all
-            say: told which turn is being made
+            known: keys of earlier documents, which must not repeat
+            excluded: user turns that must not occur at all
+            say: receives the name of the turn in progress
         """
         talks = [self._begin(number) for number in numbers]
         left_out: Counter[str] = Counter()
@@ -156,7 +156,7 @@ class Conversations:
         context: int,
         left_out: Counter[str],
     ) -> None:
-        """The next turn of each conversation, or its end."""
+        """Adds the next turn to each conversation, or ends it."""
         requests, asked = [], []
         for talk in talks:
             request = self._request(talk, role)
@@ -195,13 +195,13 @@ class Conversations:
 
 
 class Continuations:
-    """Texts by attempt: openings, or nothing, continued by a model without a chat template.
+    """Texts by attempt: a model without a chat template continues openings, or begins on its own.
 
     Args:
-        openings: texts; the first tokens of them are continued
+        openings: texts; the model continues their first tokens
 
     Attributes:
-        context: tokens that the longest text may have
+        context: tokens of the longest text, at most
     """
 
     def __init__(self, tokenizer: Any, settings: Generation, openings: Sequence[str]) -> None:
@@ -217,12 +217,12 @@ class Continuations:
         excluded: set[str],
         say: Callable[[str], Any],
     ) -> tuple[list[dict[str, Any]], Counter[str]]:
-        """Records of the attempts that came to something, and texts left out by reason."""
+        """Records of the usable attempts, and the numbers of texts left out, by reason."""
         prompts = [self._opening(number) for number in numbers]
         greedy = [
             bool(self._openings) and self._settings.random(number).random() < self._settings.greedy
             for number in numbers
-        ]  # nothing has one greedy continuation only
+        ]  # without openings there is only one greedy text
         requests = [
             self._settings.request(prompt, is_greedy, number)
             for prompt, is_greedy, number in zip(prompts, greedy, numbers)
@@ -239,7 +239,7 @@ class Continuations:
         return _distinct(records, known, left_out), left_out
 
     def _opening(self, number: int) -> list[int]:
-        """Tokens to continue: those of an opening, or the one that begins a text."""
+        """Tokens to continue: those of an opening, or the token that begins a text."""
         if not self._openings:
             tokenizer = self._tokenizer
             begin = tokenizer.bos_token_id
@@ -256,7 +256,7 @@ def _waits_for_reply(messages: Sequence[Message]) -> bool:
 def _end_repetitions(
     talks: Sequence[Talk], known: set[str], excluded: set[str], left_out: Counter[str]
 ) -> None:
-    """End conversations whose last turn came before."""
+    """Ends conversations whose last turn repeats an earlier one."""
     for talk in talks:
         if not talk.open:
             continue

@@ -1,10 +1,10 @@
 """Text to fit and train on: documents from files, and from datasets by name.
 
-A plain text file is one document; of a `.jsonl` file every line is one, in its field `text`, or a
-conversation in its field `messages`. Both may be gzipped (`.gz`). Rows of a dataset are as such
-lines. The field `source`, if any, says what a document was taken from. Lines that cannot be used
-are skipped and counted. The source `self` is text that the model wrote itself. A number after a
-source, as in `books.txt:0.3`, is its share of the tokens.
+A plain text file is one document. Each line of a `.jsonl` file is one: a text in the field `text`,
+or a conversation in the field `messages`. Both kinds of file may be gzipped (`.gz`). Rows of a
+dataset have the same fields. The optional field `source` names the document's origin. Unusable
+lines are skipped and counted. The source `self` is text that the model itself wrote. A number after
+a source, as in `books.txt:0.3`, is its share of the tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from lora_drop_vllm.training.chat import Conversation, Reply, render
 from lora_drop_vllm.training.self_corpus import SELF, self_corpus
 
-DATASET = "datasets:"  # before a name, in the place of a file
+DATASET = "datasets:"  # prefix of a dataset's name
 FIELDS = (
     "a text in its field `text`, nor with a list of messages, each a role and a content, and one a "
     "reply of the assistant, in `messages`"
@@ -39,9 +39,9 @@ class Corpus:
     """Documents to fit or train on.
 
     Attributes:
-        skipped: lines, rows or replies that could not be used
-        origin: of what it was read: name, and bytes of the file or rows of the dataset
-        parts: the sources with their shares of the tokens, where these are given
+        skipped: number of lines, rows or replies that could not be used
+        origin: each source's name, and the bytes of the file or rows of the dataset
+        parts: the sources with their shares of the tokens, if shares are given
     """
 
     documents: Sequence[str | Conversation | Reply]
@@ -50,10 +50,10 @@ class Corpus:
     parts: Sequence[tuple[float, Corpus]] = field(default=(), compare=False)
 
     def rendered(self, tokenizer: Any, length: int) -> Corpus:
-        """With replies of up to `length` tokens in the place of conversations.
+        """The corpus, with each conversation replaced by its replies of up to `length` tokens.
 
         Raises:
-            ValueError: none of them can be used, or there is no chat template.
+            ValueError: no reply can be used, or there is no chat template.
         """
         if self.parts:
             return mixture([(share, c.rendered(tokenizer, length)) for share, c in self.parts])
@@ -66,19 +66,19 @@ class Corpus:
 
 
 def remark(skipped: int) -> str:
-    """End of a report: how much of the corpus was skipped, if anything."""
+    """The end of a report: the number of skipped lines and replies, if any."""
     return f"; {skipped} lines or replies of the corpus could not be used" if skipped else ""
 
 
 def read_corpus(sources: Sequence[str | Path], model: str | None = None) -> Corpus:
-    """All documents that hold something, of files and of `datasets:NAME[:CONFIG[:SPLIT]]`.
+    """All non-empty documents from files and from `datasets:NAME[:CONFIG[:SPLIT]]`.
 
     Args:
-        sources: with shares of the tokens behind them, all of them or none
-        model: whose own text the source `self` is; written on the first call
+        sources: files or datasets; either all or none end in a share of the tokens
+        model: the model that the source `self` is for; the first call writes its text
 
     Raises:
-        ValueError: a source cannot be read, is binary, or has nothing in it that can be used.
+        ValueError: a source cannot be read, is binary, or holds nothing usable.
     """
     named = [_share(str(source)) for source in sources]
     shares = [share for _, share in named if share is not None]
@@ -93,7 +93,7 @@ def read_corpus(sources: Sequence[str | Path], model: str | None = None) -> Corp
 
 
 def mixture(parts: Sequence[tuple[float, Corpus]]) -> Corpus:
-    """Sources whose tokens are mixed by their shares, which need not add up to one."""
+    """Sources with their tokens mixed by share; the shares need not add up to one."""
     whole = _joined([corpus for _, corpus in parts])
     shares = [share for share, corpus in parts for _ in corpus.origin]
     origin = [(f"{name}:{share:g}", size) for share, (name, size) in zip(shares, whole.origin)]
@@ -109,7 +109,7 @@ def _joined(corpora: Sequence[Corpus]) -> Corpus:
 
 
 def _share(source: str) -> tuple[str, float | None]:
-    """A source and its share, which is what stands behind the last colon if that is a number."""
+    """A source and its share, which is the number after the last colon, if there is one."""
     name, _, last = source.rpartition(":")
     try:
         share = float(last)
@@ -118,12 +118,12 @@ def _share(source: str) -> tuple[str, float | None]:
     if not name or Path(source).exists():
         return source, None
     if not 0 < share < math.inf:
-        raise ValueError(f"--corpus {source}: expected a share above 0 behind the last colon")
+        raise ValueError(f"--corpus {source}: expected a share above 0 after the last colon")
     return name, share
 
 
 def _read(source: str, model: str | None) -> Corpus:
-    """One source."""
+    """The corpus of one source."""
     path = Path(source)
     if source == SELF and model is not None:
         path = self_corpus(model)
@@ -149,7 +149,7 @@ def _read(source: str, model: str | None) -> Corpus:
 
 
 def _read_file(path: Path) -> tuple[list[str | Conversation], list[str]]:
-    """Documents of a file, and why its other lines are none."""
+    """Documents of a file, and why its other lines were skipped."""
     jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
     texts: list[Any] = []
     reasons: list[str] = []
@@ -177,17 +177,17 @@ def _read_file(path: Path) -> tuple[list[str | Conversation], list[str]]:
 
 
 def _read_dataset(source: str) -> tuple[list[Any], list[str]]:
-    """Documents of a split of a dataset, and why its other rows are none."""
+    """Documents of one split of a dataset, and why its other rows were skipped."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError(
-            f"--corpus {source}: takes the package datasets; pip install 'lora_drop_vllm[train]'"
+            f"--corpus {source}: needs the package datasets; pip install 'lora_drop_vllm[train]'"
         ) from error
     name, config, split, *_ = [*source.removeprefix(DATASET).split(":", 2), "", ""]
     try:
         rows = load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # its own classes, and those of whatever read the files
+    except Exception as error:  # raised by datasets or by a file reader
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
             f"--corpus {source}: cannot be read ({reason}); expected {DATASET}NAME[:CONFIG"

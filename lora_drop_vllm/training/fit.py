@@ -24,8 +24,8 @@ class FitResult:
     Attributes:
         folder: the adapter's folder
         config: contents of its `adapter_config.json`
-        tokens: tokens of the corpus that it was fitted to
-        skipped: lines, rows or replies of the corpus that could not be used
+        tokens: number of corpus tokens that it was fitted to
+        skipped: number of lines, rows or replies of the corpus that could not be used
     """
 
     folder: Path
@@ -79,17 +79,17 @@ def new_config(
     samples: Sequence[Sample],
     profile: str | Path | None,
 ) -> AdapterConfig:
-    """Config of a new adapter, its layers chosen by the profile where the choice asks for one.
+    """The config of a new adapter; the profile chooses its layers if `settings.layers` needs one.
 
     Raises:
-        ValueError: settings or a profile that cannot be used.
+        ValueError: the settings or the profile cannot be used.
     """
     of, name, layers = base_model(base), model_name(model), settings.layers
     if profile is None and layers not in CRITERIA:
         return settings.config(name, of)
     if layers not in (*CRITERIA, "contiguous"):
         raise ValueError(
-            f"--profile {profile}: --layers {layers} reads none; leave it out, or choose by "
+            f"--profile {profile}: --layers {layers} does not use it; leave it out, or choose by "
             f"contiguous or {' or '.join(CRITERIA)}"
         )
     plain = replace(settings, layers="contiguous").config(name, of)

@@ -1,9 +1,9 @@
-"""`lora-drop generate`: text from the model itself, the kind of text that it is served with.
+"""`lora-drop generate`: text from the model itself, of the kind that it serves.
 
-Conversations: a user's turn is sampled behind the empty user header of the model's own chat
-template, then answered (the idea of Magpie, arXiv 2406.08464); or the prompts of a file are
-answered. A model without a template continues openings. An attempt depends on the seed and its
-number alone, and a batch is appended when it is done, so a killed run resumes where it was.
+A chat model writes conversations. It samples a user's turn after the empty user header of its own
+chat template, then answers it (the idea of Magpie, arXiv 2406.08464), or it answers prompts from a
+file. A model without a template continues openings. An attempt depends only on the seed and its
+number. Each finished batch is appended, so a killed run resumes after its last batch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from lora_drop_vllm.training.generated_file import (
 )
 from lora_drop_vllm.training.turns import Message
 
-COUNT = 300  # documents by default: a hundred thousand tokens or so
-BARREN = 256  # attempts in a row without anything usable: the model cannot do it
+COUNT = 300  # documents by default, about a hundred thousand tokens
+BARREN = 256  # unusable attempts in a row after which the run fails
 
 
 def generate(
@@ -62,12 +62,12 @@ def generate(
         batch: documents at a time; also what a kill can cost
         prompts: conversations to answer, in place of sampled ones
         openings: texts whose beginnings a model without a chat template continues
-        exclude: files of conversations whose user turns must not come again
-        start: of the engine, for a model, a batch and a context
+        exclude: files of conversations; their user turns must not occur again
+        start: starts the engine for a model, a batch and a context
 
     Raises:
-        ValueError: settings, prompts, or a file in `out` that was made otherwise.
-        RuntimeError: the model gives nothing that can be used.
+        ValueError: settings or prompts cannot be used, or `out` was made with other settings.
+        RuntimeError: the model writes nothing usable.
     """
     from transformers import AutoTokenizer
 
@@ -83,7 +83,7 @@ def generate(
         if not _done(file, count, most):
             context = min(writer.context, context_length(model))
             engine = start(model, batch, context)
-            file.add([], 0, Counter(), engine.facts)  # from here on the file is known as ours
+            file.add([], 0, Counter(), engine.facts)  # marks the file as ours
             _run(writer, engine, file, context, excluded, count, batch, most)
     return file.report()
 
@@ -167,10 +167,10 @@ def _run(
 
 
 def read_prompts(path: Path) -> list[list[Message]]:
-    """Conversations that wait for a reply: `messages` or a `prompt` of JSON lines, or plain lines.
+    """Conversations that wait for a reply: JSON lines with `messages` or `prompt`, or plain lines.
 
     Raises:
-        ValueError: the file cannot be read, or a line is none.
+        ValueError: the file cannot be read, or a line is not a prompt.
     """
     found: list[list[Message]] = []
     try:
@@ -195,5 +195,5 @@ def _prompt(line: str, jsonl: bool, number: int) -> list[Message]:
     while messages and messages[-1]["role"] != "user":
         messages.pop()
     if not messages:
-        raise ValueError(f"line {number} has neither a `prompt` nor `messages` with a user's")
+        raise ValueError(f"line {number} has neither a `prompt` nor `messages` with a user's turn")
     return messages

@@ -1,4 +1,4 @@
-"""The file that generated text goes to: lines, and beside it what made them and how far it is."""
+"""The file of generated text, and a side file with its settings and progress."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Generated:
     """What a file holds after a run.
 
     Attributes:
-        tokens: of the replies, or of the continuations
-        attempts: documents begun, those that came to nothing among them
-        left_out: turns that could not be used, by reason
+        tokens: tokens of the replies, or of the continuations
+        attempts: number of documents begun, including unusable ones
+        left_out: number of turns that could not be used, by reason
     """
 
     path: Path
@@ -41,10 +41,10 @@ class Generated:
 
 
 class GeneratedFile:
-    """Documents in JSON lines; `NAME.meta.json` beside it says what made them.
+    """Documents as JSON lines; `NAME.meta.json` beside the file holds their settings.
 
-    A batch is appended, then the side file is replaced. Lines that the side file does not count
-    are cut off when the file is opened again: a kill costs the batch at hand, and nothing else.
+    `add` appends a batch, then replaces the side file. On opening, lines that the side file does
+    not count are cut off. A kill therefore loses the current batch only.
 
     Attributes:
         known: keys of the documents in the file, to tell repetitions by
@@ -53,7 +53,7 @@ class GeneratedFile:
         left_out: turns that could not be used, by reason
 
     Raises:
-        ValueError: the file was made otherwise, or is none of ours.
+        ValueError: the file was made with other settings, or not by `lora-drop generate`.
     """
 
     def __init__(self, path: Path, made_by: dict[str, Any]) -> None:
@@ -71,11 +71,11 @@ class GeneratedFile:
         left_out: Counter[str],
         engine: dict[str, Any],
     ) -> None:
-        """Append the documents of a batch.
+        """Appends the documents of a batch.
 
         Args:
-            attempts: of the batch
-            left_out: turns of the batch, by reason
+            attempts: number of attempts in the batch
+            left_out: number of unusable turns in the batch, by reason
             engine: versions, device and dtype
         """
         if records:
@@ -90,7 +90,7 @@ class GeneratedFile:
             scratch.write_text(json.dumps(state, indent=2) + "\n")
 
     def report(self) -> Generated:
-        """What is in the file."""
+        """The contents of the file, in numbers."""
         left_out = dict(self.left_out.most_common())
         return Generated(self.path, self.documents, self.tokens, self.attempts, left_out)
 
@@ -119,14 +119,14 @@ class GeneratedFile:
         for name, value in self._made_by.items():
             if (other := made_by.get(name)) != value:
                 raise ValueError(
-                    f"--out {self.path}: made with {name} {other!r}, not {value!r}; go on with "
-                    "that, or choose another file"
+                    f"--out {self.path}: made with {name} {other!r}, not {value!r}; resume it with "
+                    "that value, or choose another file"
                 )
         os.truncate(self.path, sum(len(line) for line in lines))
 
 
 def documents_in(path: Path) -> int:
-    """Documents that are in a file for certain; 0 of a file that is not there."""
+    """Number of documents that a file holds for certain; 0 if the file does not exist."""
     try:
         return int(json.loads(_side(path).read_text())["documents"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -135,7 +135,7 @@ def documents_in(path: Path) -> int:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Keep other processes from writing a file meanwhile; waits until they are done with it."""
+    """Locks a file against other writers; waits until they release it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -147,12 +147,12 @@ def _side(path: Path) -> Path:
 
 
 def normalized(turn: str) -> str:
-    """A turn as repetitions are told by: without case, and with single spaces."""
+    """A turn in the form that repetitions are compared in: lower case, single spaces."""
     return " ".join(turn.casefold().split())
 
 
 def user_turns(record: dict[str, Any]) -> list[str]:
-    """Normalized user turns of a conversation; none of a text."""
+    """Normalized user turns of a conversation; empty for a text."""
     messages = record.get("messages", ())
     return [normalized(m["content"]) for m in messages if m["role"] == "user"]
 

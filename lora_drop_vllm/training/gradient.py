@@ -1,4 +1,4 @@
-"""One optimizer step on A, B and g, on every device, and what it depends on."""
+"""One optimizer step on A, B and g, on every device, and its settings."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ BETAS = (0.9, 0.99)
 
 @dataclass(frozen=True)
 class Plan:
-    """How `train` trains.
+    """The settings of the training loop.
 
     Attributes:
         steps: optimizer steps
         batch, accumulate: rows in a batch on each device, and batches in an optimizer step
         lr: highest learning rate
         warmup: steps of rising learning rate; then it falls along a cosine
-        clip: norm of the gradient at most
+        clip: largest norm of the gradient
         ce, kl, hidden: weights of the next-token cross-entropy, of KL(base || student) and of the
             distance of the hidden states
-        save_every: steps between two checkpoints, what a kill loses at most
+        save_every: steps between two checkpoints; a kill loses at most so many
         refresh_weight: weight of a refresh's prediction; a LoRA step's weighs 1
-        bf16: compute in bfloat16; adapter, optimizer and residual stream stay in fp32. None: where
-            the processor has instructions for it
+        bf16: compute in bfloat16; adapter, optimizer and residual stream stay in fp32. None means
+            yes if the processor has instructions for it
         checkpointing: recompute layers in the backward pass, to save memory
-        attention: `sdpa`, `matmul`, `flex` or `xformers`; None: `matmul` on CPUs in bfloat16,
+        attention: `sdpa`, `matmul`, `flex` or `xformers`; None means `matmul` on CPUs in bfloat16,
             else `sdpa`
     """
 
@@ -59,7 +59,7 @@ class Plan:
     attention: str | None = None
 
     def check(self) -> None:
-        """Raise ValueError for what cannot be, naming the flag."""
+        """Raises ValueError for a value out of range; the error names the flag."""
         least = {"steps": 1, "batch": 1, "accumulate": 1, "save_every": 1, "warmup": 0}
         least |= {"ce": 0, "kl": 0, "hidden": 0, "refresh_weight": 0}
         for name, bound in least.items():
@@ -74,10 +74,10 @@ class Plan:
             raise ValueError("--ce, --kl, --hidden: all 0; give one of them some weight")
 
     def on_this_machine(self, run: Mapping[str, Any]) -> Plan:
-        """The plan with nothing left open.
+        """The plan with every None replaced.
 
         Args:
-            run: settings of the run that goes on, which keep what they were, or none
+            run: settings of the resumed run, which keep their values; empty for a new run
         """
         cuda, able = torch.cuda.is_available(), torch.cpu.get_capabilities()
         bf16, attention = self.bf16, self.attention
@@ -90,11 +90,11 @@ class Plan:
 
     @property
     def weights(self) -> Weights:
-        """What the losses weigh."""
+        """The weights of the losses."""
         return Weights(self.ce, self.kl, self.hidden, self.refresh_weight)
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+        """The learning rate of a step, counted from 0."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         share = (step - self.warmup) / max(self.steps - self.warmup, 1)
@@ -102,10 +102,10 @@ class Plan:
 
 
 class Devices:
-    """The processes that train together: those of `accelerate launch` or `torchrun`, or one alone.
+    """The processes that train together: those of `accelerate launch` or `torchrun`, or just one.
 
     Raises:
-        ValueError: there are others, and no accelerate to bring them together.
+        ValueError: there are several processes, but accelerate is missing.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class Devices:
         if importlib.util.find_spec("accelerate") is not None:
             from accelerate import Accelerator
 
-            # not told that it is to be the CPU, accelerate takes each process for one alone
+            # without cpu=True, accelerate treats each process as a run of its own
             self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
             self.number = self._accelerator.process_index
             self.count = self._accelerator.num_processes
@@ -126,7 +126,7 @@ class Devices:
             )
 
     def mean(self, x: Tensor) -> Tensor:
-        """Over all processes."""
+        """The mean over all processes."""
         if self.count == 1:
             return x
         reduced: Tensor = self._accelerator.reduce(x, "mean")
@@ -134,11 +134,11 @@ class Devices:
 
 
 class Trainer:
-    """One run: its adapter, optimizer and place in the corpus.
+    """One run: its adapter, optimizer and position in the corpus.
 
     Args:
-        rows: the corpus from where the checkpoint stands
-        checkpoint: to go on from; the first of a run has no optimizer state
+        rows: the corpus from the checkpoint's position on
+        checkpoint: the state to start from; a run's first checkpoint has no optimizer state
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Trainer:
                 }
 
     def checkpoint(self) -> Checkpoint:
-        """Where the run stands."""
+        """The state of the run."""
         tensors = dict(self._parameters)
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state[parameter].items():
@@ -187,10 +187,10 @@ class Trainer:
         return Checkpoint(self.adapter.config, self.run, self.step, self.rows.position, tensors)
 
     def advance(self) -> dict[str, float]:
-        """One optimizer step; returns the log's entry.
+        """Takes one optimizer step; returns the log's entry.
 
         Raises:
-            ValueError: the loss or the gradient is not finite; the adapter is as it was.
+            ValueError: the loss or the gradient is not finite; the adapter is unchanged.
         """
         plan, device = self.plan, self.decoder.model.device
         self._optimizer.zero_grad()
@@ -212,7 +212,7 @@ class Trainer:
             raise ValueError(
                 f"step {self.step + 1}: the loss is {entry['loss']} and its gradient's norm "
                 f"{float(norm)}; lower --lr {plan.lr} or raise --warmup {plan.warmup}; --from with "
-                "this run's --out begins at its last checkpoint"
+                "this run's --out starts from its last checkpoint"
             )
         rate = plan.rate(self.step)
         for group in self._optimizer.param_groups:
@@ -234,7 +234,7 @@ class Trainer:
 
 
 def _halve_weights(model: Any) -> None:
-    """Keep the frozen linear layers in bfloat16, so that autocast need not cast them each time."""
+    """Keeps the frozen linear layers in bfloat16; autocast then need not cast them each time."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)

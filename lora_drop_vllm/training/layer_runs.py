@@ -1,7 +1,7 @@
-"""How far a model's distribution moves when a run of neighbouring layers drops.
+"""The KL to the base model after a run of neighbouring layers drops.
 
-The run drops with the update fitted for it, layer by layer as in `fit`, and the KL to the base
-model is taken at LoRA positions. Its batches are neither fitted nor do they choose the ridge.
+Each run drops with an update fitted for it, layer by layer as in `fit`. The KL is measured at LoRA
+positions. The batches that measure it serve neither the fit nor the choice of the ridge.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lora_drop_vllm.method.layers import eligible_layers
 from lora_drop_vllm.training.layerwise import fit_layer
 from lora_drop_vllm.training.samples import HELD_OUT, Sample
 
-RUNS = 8  # of a length, at most: what bounds the work
-UNSEEN = 2  # the KL is measured on every eighth batch, from the third
+RUNS = 8  # runs of one length, at most; this bounds the work
+UNSEEN = 2  # every eighth batch, from the third, measures the KL
 
 
 @dataclass(frozen=True)
 class Run:
-    """`count` layers from `first` on; `kl` is KL(base || they dropped), the mean in nats."""
+    """The `count` layers from `first` on; `kl` is the mean KL(base || dropped) in nats."""
 
     first: int
     count: int
@@ -36,14 +36,14 @@ class Run:
 
     @property
     def layers(self) -> list[int]:
-        """Their numbers."""
+        """Numbers of the layers."""
         return list(range(self.first, self.first + self.count))
 
 
 def first_layers(count: int, eligible: Sequence[int]) -> list[int]:
-    """Where runs of eligible layers begin: single ones everywhere, longer ones at RUNS places.
+    """First layers of runs: every eligible layer for a single one, else RUNS of them.
 
-    The places are evenly spaced, with both ends: neighbouring runs have most layers in common.
+    These are evenly spaced and include both ends. Neighbouring runs share most of their layers.
     """
     last = len(eligible) - count
     if count == 1 or last < RUNS:
@@ -55,10 +55,10 @@ def first_layers(count: int, eligible: Sequence[int]) -> list[int]:
 def measure_runs(
     model: Any, samples: Sequence[Sample], config: AdapterConfig, counts: Iterable[int]
 ) -> list[Run]:
-    """Every eligible layer alone, and runs of each count, for updates like the config's.
+    """Measures each eligible layer alone, and runs of each count, with updates like the config's.
 
     Raises:
-        ValueError: too few batches.
+        ValueError: there are too few batches.
     """
     layers = model.model.layers
     eligible = eligible_layers(len(layers))
@@ -70,7 +70,7 @@ def measure_runs(
     unseen = range(len(samples))[UNSEEN::HELD_OUT]
     if not unseen:
         raise ValueError(
-            f"--criterion kl: expected three rows of text or more, and there are {len(samples)}; "
+            f"--criterion kl: expected three or more rows of text, but there are {len(samples)}; "
             "give more text or --tokens, or lower --length"
         )
 
@@ -97,7 +97,7 @@ def measure_runs(
 
 
 def _normed_rows(model: Any, x: Tensor, batch: Any, begin: int) -> Tensor:
-    """What the head reads at the LoRA positions, out of the stream before layer `begin`."""
+    """The head's input at the LoRA positions, from the stream before layer `begin`."""
     for layer in model.model.layers[begin:]:
         x = run_layer(layer, x, batch)
     normed: Tensor = model.model.norm(take(x, batch.layout.lora_at))

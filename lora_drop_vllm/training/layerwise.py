@@ -1,9 +1,9 @@
 """Adapters in closed form, layer by layer, on the student's own inputs (Sec. II-E).
 
-In model order, each site of each drop layer is fitted (`regression.py`) at the LoRA positions; the
-student then runs on with the result, so that the next layer is fitted on what it will really see.
-What is kept is the stream of student and base model at one layer; no logits are made, and layers
-behind the last drop layer never run.
+In model order, `regression.py` fits each site of each drop layer at the LoRA positions. The student
+then continues with the result, so the next layer is fitted on its real inputs. Only the streams of
+student and base model at one layer are kept. No logits are computed, and layers after the last drop
+layer never run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lora_drop_vllm.training.samples import HELD_OUT, Sample
 
 @torch.no_grad()
 def fit_tensors(model: Any, samples: Sequence[Sample], config: AdapterConfig) -> dict[str, Tensor]:
-    """The adapter's tensors."""
+    """The tensors of the fitted adapter."""
     teacher = [model.model.embed_tokens(sample.tokens) for sample in samples]
     student, tensors = teacher, {}
     batches = [sample.batch for sample in samples]
@@ -60,11 +60,11 @@ def fit_layer(
     config: AdapterConfig,
     unseen: Container[int] = (),
 ) -> tuple[list[Site], list[Tensor], list[Tensor]]:
-    """The sites of a drop layer, and both streams behind it.
+    """The fitted sites of a drop layer, and both streams after it.
 
     Args:
-        teacher, student: [N, T, d] of each batch  what enters the layer without and with LoRA-Drop
-        unseen: numbers of batches that are not to be fitted on, nor to choose the ridge
+        teacher, student: [N, T, d] per batch  the layer's input without and with LoRA-Drop
+        unseen: numbers of the batches that serve neither the fit nor the choice of the ridge
     """
     rule = REUSE[config.reuse]
     goals = [ends(halves(layer, x, batch), config)[1:] for x, batch in zip(teacher, batches)]

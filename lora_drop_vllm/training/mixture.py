@@ -1,4 +1,4 @@
-"""Rows of several sources, mixed by their shares of the tokens."""
+"""Rows of several sources, mixed by share of the tokens."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lora_drop_vllm.training.rows import Position, Row, Rows
 
 
 class MixedPosition(NamedTuple):
-    """Where a row of a mixture begins.
+    """The position at which a row of a mixture begins.
 
     Attributes:
-        parts: where the next row of each source begins
-        given: tokens that came from each so far
+        parts: position of the next row in each source
+        given: tokens taken from each source so far
     """
 
     parts: tuple[Position, ...]
@@ -21,15 +21,15 @@ class MixedPosition(NamedTuple):
 
     @property
     def epoch(self) -> int:
-        """Passes over the source that was read the most often."""
+        """Passes over the source that was read most often."""
         return max(part.epoch for part in self.parts)
 
 
 class MixedRows:
-    """Endless packed rows, each of one source: the one that is furthest behind its share.
+    """Endless packed rows; each comes from the source that lacks most of its share.
 
-    So the shares hold from the first rows on, whatever the sizes of the sources; a small source
-    comes again and again. Arguments and attributes are those of `Rows`.
+    The shares therefore hold from the first rows on, for sources of any size. A small source
+    repeats. Arguments and attributes are those of `Rows`.
 
     Raises:
         ValueError: a source is shorter than one row.
@@ -50,12 +50,12 @@ class MixedRows:
         self._rows = [Rows(part, tokenizer, length, seed, turns=turns) for _, part in corpus.parts]
         self._given = [0] * len(self._rows)
         self._last = 0
-        if isinstance(position, MixedPosition):  # a run begins at a plain one
+        if isinstance(position, MixedPosition):  # a new run passes a plain position
             self.position = position
 
     @property
     def position(self) -> MixedPosition:
-        """Of the next row; a second object that starts there goes on alike."""
+        """Position of the next row; a second object that starts there gives the same rows."""
         return MixedPosition(tuple(rows.position for rows in self._rows), tuple(self._given))
 
     @position.setter
@@ -65,7 +65,7 @@ class MixedRows:
         self._given = list(position.given)
 
     def __iter__(self) -> MixedRows:
-        """Itself."""
+        """The iterator itself."""
         return self
 
     def __next__(self) -> Row:
@@ -78,7 +78,7 @@ class MixedRows:
         return row
 
     def leave_passage(self) -> None:
-        """Leave out what remains of the passage that the last row ended in."""
+        """Skips the rest of the passage that the last row ended in."""
         self._rows[self._last].leave_passage()
 
 
@@ -90,13 +90,13 @@ def rows_of(
     position: Position | MixedPosition | None = None,
     turns: bool = False,
 ) -> Rows | MixedRows:
-    """The rows of a corpus, mixed where its sources have shares."""
+    """The rows of a corpus, mixed if its sources have shares."""
     kind: Any = MixedRows if corpus.parts else Rows
     return kind(corpus, tokenizer, length, seed, position, turns)
 
 
 def read_position(raw: list[Any]) -> Position | MixedPosition:
-    """A position as JSON gives it back."""
+    """The position that a JSON list holds."""
     if raw and isinstance(raw[0], list):
         parts, given = raw
         return MixedPosition(tuple(Position(*part) for part in parts), tuple(given))

@@ -1,4 +1,4 @@
-"""What training minimises: cross-entropy, KL to the base model, distance of the hidden states."""
+"""The training loss: cross-entropy, KL to the base model, distance of the hidden states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.positions import Schedule, take
 
-AT_ONCE = 128  # predictions: the vocabulary is wide, and what fits the processor's cache is fast
+AT_ONCE = 128  # predictions; the vocabulary is wide, and small pieces fit the processor's cache
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Weights:
     Attributes:
         ce: next-token cross-entropy
         kl: KL(base || student)
-        hidden: squared distance of the normed stream from the base model's, relative to its own
+        hidden: squared distance of the normed stream from the base model's, relative to the latter
         refresh: weight of a refresh's prediction in those means; a LoRA step's weighs 1
     """
 
@@ -33,11 +33,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a batch, in a form that is averaged over batches and processes.
+    """The losses of a batch, in a form that can be averaged over batches and processes.
 
     Attributes:
-        values: [7] fp64  ce, kl and hidden, then for LoRA steps and for refreshes the sum of KL and
-            the number of predictions
+        values: [7] fp64  ce, kl and hidden; then the sum of KL and the number of predictions, first
+            for LoRA steps, then for refreshes
     """
 
     values: Tensor
@@ -54,9 +54,9 @@ class Losses:
 
 
 def predicting(schedule: Schedule) -> Tensor:
-    """Flat positions that count, [R]: LoRA steps and the refreshes after them, next token known.
+    """Flat positions that count, [R]: LoRA steps and later refreshes with a known next token.
 
-    Everything before the first LoRA step is the base model's own.
+    All positions before the first LoRA step are the base model's own.
     """
     same = schedule.sequence[:, 1:] == schedule.sequence[:, :-1]
     counts = schedule.lora.clone()
@@ -69,10 +69,10 @@ def predicting(schedule: Schedule) -> Tensor:
 def backward(
     decoder: ForcedDecoder, tokens: Tensor, schedule: Schedule, weights: Weights, share: float
 ) -> Losses:
-    """Add `share` of a batch's gradient to the adapter's; returns the batch's losses.
+    """Adds `share` of a batch's gradient to the adapter's; returns the batch's losses.
 
-    The logits are made and differentiated in pieces, by the formula and without autograd; autograd
-    runs through the layers once.
+    A formula computes and differentiates the logits in pieces, without autograd. Autograd runs
+    through the layers once.
     """
     hidden, base = decoder.hidden_and_base(tokens, schedule)
     at = predicting(schedule)

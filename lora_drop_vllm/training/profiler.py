@@ -1,8 +1,8 @@
-"""`lora-drop profile`: which layers a model can do without (Sec. IV-B, IV-C).
+"""`lora-drop profile`: measures which layers a model can do without (Sec. IV-B, IV-C).
 
-Similarity: sim(l, distance) of Eq. 17 over the base model's stream, batch by batch. KL: each layer
-alone and runs of layers drop with an update fitted for them, and the model's distributions are held
-against the base model's (`runs.py`).
+Similarity is sim(l, distance) of Eq. 17 over the base model's stream, batch by batch. For KL,
+single layers and runs of layers drop with an update fitted for them. `layer_runs.py` then compares
+the model's distributions with the base model's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lora_drop_vllm.training.settings import CRITERIA, Settings
 
 DISTANCES = (1, 2, 3, 5, 10)  # of Fig. 4
 RHOS = (0.25, 0.5, 0.75)
-TOKENS = 16384  # of the corpus, unless --tokens says otherwise
+TOKENS = 16384  # tokens of the corpus, unless --tokens is given
 HORIZON = 0.5  # the least similarity within the similarity horizon, Fig. 1
 
 
@@ -96,12 +96,12 @@ def _check(criterion: str, rhos: Sequence[float]) -> None:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a model's layers are like; `profile.json` in its own names.
+    """Measurements of a model's layers; `profile.json` uses the same names.
 
     Attributes:
-        tokens: it was measured on
+        tokens: number of tokens measured
         similarity: [n][distances]  sim(l, distance) of every layer
-        runs: of layers dropped with an update fitted for them, single layers among them; or None
+        runs: measured runs of layers, including single layers; None if KL was not measured
     """
 
     base_model: BaseModel
@@ -112,14 +112,14 @@ class Profile:
 
     @property
     def kl(self) -> list[float | None] | None:
-        """[n]  KL(base || the layer alone dropped), None for layers that never drop; or None."""
+        """KL(base || one layer dropped), [n], None for always-on layers; None if not measured."""
         if self.runs is None:
             return None
         alone = {run.first: run.kl for run in self.runs if run.count == 1}
         return [alone.get(i) for i in range(self.base_model.num_hidden_layers)]
 
     def scores(self, criterion: str) -> list[float]:
-        """Of every layer; the higher, the sooner it drops (Sec. IV-C).
+        """Scores of all layers; a layer with a higher score drops sooner (Sec. IV-C).
 
         Raises:
             ValueError: the profile was made without that criterion.
@@ -133,8 +133,8 @@ class Profile:
     def choose(self, choice: str, count: int) -> list[int]:
         """The `count` layers that drop.
 
-        `contiguous` is the measured run of the lowest KL, and without KL that of the highest mean
-        similarity; other choices are criteria and take the layers that score highest alone.
+        `contiguous` takes the measured run of the lowest KL. Without KL, it takes the run of the
+        highest mean similarity. Other choices are criteria and take the layers that score highest.
 
         Raises:
             ValueError: the profile was made without that criterion, or for other counts.
@@ -143,7 +143,7 @@ class Profile:
             if runs := [run for run in self.runs if run.count == count]:
                 return min(runs, key=lambda run: run.kl).layers
             raise ValueError(
-                f"--layers contiguous: {count} layers are to drop and the profile has runs of "
+                f"--layers contiguous: {count} layers are to drop, but the profile has runs of "
                 f"{', '.join(map(str, sorted({run.count for run in self.runs})))}; make it with "
                 "that --rho, or choose --layers kl"
             )
@@ -161,7 +161,7 @@ class Profile:
         return within
 
     def mean_curve(self) -> list[float]:
-        """Similarity by distance, over all layers."""
+        """Similarity by distance, the mean over all layers."""
         return [sum(column) / len(column) for column in zip(*self.similarity)]
 
     def drop_layers(self, rhos: Sequence[float]) -> dict[float, dict[str, list[int]]]:
@@ -174,7 +174,7 @@ class Profile:
         }
 
     def report(self, rhos: Sequence[float]) -> dict[str, Any]:
-        """Everything, with scores, horizons and the drop layers for each rho by each choice."""
+        """The contents of `profile.json`: the profile, scores, horizons and drop layers."""
         lists = {str(rho): chosen for rho, chosen in self.drop_layers(rhos).items()}
         return asdict(self) | {
             "kl": self.kl,
@@ -199,10 +199,10 @@ def draw(profile: Profile, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ProfileResult:
-    """What `profile` measured.
+    """The result of `profile`.
 
     Attributes:
-        path: the `profile.json` that it wrote, to be passed to `fit` or `train`
+        path: the `profile.json` that it wrote, for `fit` or `train`
         profile: similarity and KL of the layers
         drop_layers: rho to choice (`similarity`, `kl`, `contiguous`) to the drop layers
     """
@@ -223,10 +223,10 @@ class ProfileResult:
 
 
 def read_profile(path: Path, base: BaseModel) -> Profile:
-    """A `profile.json` for a model.
+    """The profile in a `profile.json`, checked against a model.
 
     Raises:
-        ValueError: it cannot be read, is none, or was made for another model.
+        ValueError: the file cannot be read, is no profile, or was made for another model.
     """
     try:
         raw = json.loads(path.read_text())
@@ -255,13 +255,13 @@ def measure(
     config: AdapterConfig | None = None,
     rhos: Sequence[float] = (),
 ) -> Profile:
-    """The profile of a model; with a config also by KL, for updates like those it describes.
+    """The profile of a model; a config adds KL, with updates like those that it describes.
 
     Args:
-        rhos: whose numbers of drop layers the runs have
+        rhos: shares that set the lengths of the runs
 
     Raises:
-        ValueError: a distance that no two tokens of a sequence have, too little text.
+        ValueError: no two tokens of a sequence are that far apart, or there is too little text.
     """
     sums = torch.zeros(model.config.num_hidden_layers, len(distances), dtype=torch.float64)
     pairs = torch.zeros(len(distances))
@@ -291,6 +291,6 @@ def measure(
 
 
 def _pairs(sequence: Tensor, distance: int) -> Tensor:
-    """[N, T - distance] bool: the token that far ahead is of the same sequence."""
+    """[N, T - distance] bool: true if the token that far ahead belongs to the same sequence."""
     first, second = sequence[:, :-distance], sequence[:, distance:]
     return (first == second) & (first >= 0)

@@ -1,8 +1,8 @@
-"""The closed form of one site (Sec. II-E) from sums over its rows, so that rows need not be kept.
+"""The closed form of one site (Sec. II-E), from sums over its rows; rows need not be kept.
 
-With x the site's input, y the base model's output there and c what is reused, all at LoRA
-positions: a gate per channel of c (`update`), then ridge regression of y - beta x - g c on x, cut
-to rank r by the leading right-singular directions of the fitted values.
+At LoRA positions, x is the site's input, y the base model's output and c the reused value. The fit
+first finds a gate per channel of c (`update`). Ridge regression of y - beta x - g c on x follows;
+the leading right-singular directions of the fitted values cut its result to rank r.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Moments:
     """Sums over the rows of one site, in fp64; e = y - beta x.
 
     Attributes:
-        xx, xe, xc: [d, d]  of x^T x, x^T e and x^T c
-        ce, cc: [d]  of c e and c c, per channel
-        rows: how many
+        xx, xe, xc: [d, d]  sums of x^T x, x^T e and x^T c
+        ce, cc: [d]  sums of c e and c c, per channel
+        rows: number of rows
     """
 
     xx: Tensor
@@ -37,12 +37,12 @@ class Moments:
 
     @classmethod
     def zero(cls, d: int, device: torch.device) -> Moments:
-        """Of no rows."""
+        """The moments of no rows."""
         square = torch.zeros(d, d, dtype=torch.float64, device=device)
         return cls(square, square, square, square[0], square[0])
 
     def add(self, x: Tensor, y: Tensor, c: Tensor | None, beta: float) -> None:
-        """Count in rows [M, d]; c None: nothing is reused."""
+        """Adds rows [M, d]; c is None if nothing is reused."""
         x = x.float()
         e = y.float() - beta * x
         self.xx = self.xx + x.T @ x
@@ -55,7 +55,7 @@ class Moments:
         self.rows += len(x)
 
     def __add__(self, other: Moments) -> Moments:
-        """Of the rows of both."""
+        """The moments of the rows of both."""
         return Moments(
             self.xx + other.xx,
             self.xe + other.xe,
@@ -66,15 +66,15 @@ class Moments:
         )
 
     def gate(self) -> Tensor:
-        """The factor of each channel of c that brings it nearest to e, [d]."""
+        """The factor per channel that brings c nearest to e, [d]."""
         return self.ce / self.cc.clamp(min=1e-12)
 
     def targets(self, gate: Tensor) -> Tensor:
-        """Sum of x^T (e - g c), [d, d]."""
+        """The sum of x^T (e - g c), [d, d]."""
         return self.xe - self.xc * gate
 
     def low_rank(self, gate: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
-        """Factors of the map x -> x P Q^T: [d, r] each."""
+        """Factors P and Q of the map x -> x P Q^T, [d, r] each."""
         strength = ridge * self.xx.diagonal().mean().clamp(min=1e-12)
         penalty = strength * torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
         weight = torch.linalg.solve(self.xx + penalty, self.targets(gate))
@@ -88,7 +88,7 @@ class Moments:
 
 
 def fit_site(fitted: Moments, held_out: Moments, rule: Reuse, rank: int, scale: float) -> Site:
-    """Gate, A and B of one site; the ridge that does best on the held-out rows, refitted on all."""
+    """Gate, A and B of one site; held-out rows choose the ridge, then all rows are fitted."""
     both = fitted + held_out
 
     def gate_of(moments: Moments) -> Tensor:

@@ -1,4 +1,4 @@
-"""Documents cut into packed rows of tokens, and the schedules that rows are decoded under."""
+"""Documents cut into packed rows of tokens, and the schedules for decoding these rows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_drop_vllm.decode.positions import Schedule
 from lora_drop_vllm.training.chat import Reply
 from lora_drop_vllm.training.corpus import Corpus
 
-SHORTEST = 8  # tokens of a sequence
-CHARACTERS = 16  # of a passage, per token of a row: a few rows' worth of text
+SHORTEST = 8  # tokens of a sequence, at least
+CHARACTERS = 16  # characters of a passage per token of a row; this makes a few rows
 
 
 class Position(NamedTuple):
-    """Where a row begins: pass over the corpus, passage of that pass, token of that passage."""
+    """The start of a row: pass over the corpus, passage of that pass, token of that passage."""
 
     epoch: int = 0
     passage: int = 0
@@ -27,11 +27,11 @@ class Position(NamedTuple):
 
 
 class Row(NamedTuple):
-    """T tokens or fewer, in sequences one behind the other.
+    """At most T tokens, in consecutive sequences.
 
     Attributes:
-        lengths: of the sequences
-        prompts: of the sequences, for replies; 0 where any may be drawn
+        lengths: tokens of each sequence
+        prompts: prompt tokens of each sequence that is a reply; 0 if any prompt may be drawn
     """
 
     tokens: list[int]
@@ -42,17 +42,17 @@ class Row(NamedTuple):
 class Rows:
     """Endless packed rows of T tokens; the seed decides the order of the passages.
 
-    Long documents are cut into passages, so that one of them does not make up a whole run. What is
-    left of a passage at the end of a row begins the next one as a sequence of its own. A reply is
-    one passage and stays whole.
+    Long documents are cut into passages, so that no single one fills a whole run. The rest of a
+    passage at the end of a row begins the next row as a sequence of its own. A reply is one passage
+    and stays whole.
 
     Args:
-        corpus: its conversations rendered
-        turns: sources follow one another, a passage each, as long as they last
+        corpus: a corpus with rendered conversations
+        turns: alternate between sources, one passage each, until they run out
 
     Attributes:
         length: T
-        position: of the next row; a second object that starts there goes on alike
+        position: position of the next row; a second object that starts there gives the same rows
 
     Raises:
         ValueError: the corpus is shorter than one row.
@@ -86,18 +86,18 @@ class Rows:
         found = 0
         for number in range(len(self._passages)):
             tokens = len(self._tokens_of(number))
-            found += tokens if tokens >= SHORTEST else 0  # what is shorter is left out
+            found += tokens if tokens >= SHORTEST else 0  # shorter sequences are left out
             if found >= length:
                 break
         else:
             raise ValueError(
-                f"--corpus: {found} tokens, and a row takes {length}; give more text or lower "
+                f"--corpus: {found} tokens, but a row takes {length}; give more text or lower "
                 "--length"
             )
         self.position = position or Position()
 
     def __iter__(self) -> Iterator[Row]:
-        """Itself."""
+        """The iterator itself."""
         return self
 
     def __next__(self) -> Row:
@@ -120,20 +120,20 @@ class Rows:
         return row
 
     def leave_passage(self) -> None:
-        """Leave out what remains of the passage that is being read."""
+        """Skips the rest of the current passage."""
         epoch, passage, _ = self.position
         last = passage + 1 == len(self._passages)
         self.position = Position(epoch + 1) if last else Position(epoch, passage + 1)
 
     def _at(self, epoch: int, passage: int) -> int:
-        """Number of a pass's passage among all passages."""
+        """The number, among all passages, of a passage of a pass."""
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(_mixed(self._seed, epoch))
             order = torch.randperm(len(self._passages), generator=generator).tolist()
             if self._turns:
                 turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
                 turn = {number: next(turns[self._sources[number]]) for number in order}
-                order.sort(key=turn.__getitem__)  # stable: those of one turn keep their order
+                order.sort(key=turn.__getitem__)  # stable: passages of one turn keep their order
             self._order = epoch, order
         return self._order[1][passage]
 
@@ -166,12 +166,12 @@ def stack(rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor]:
 def random_schedule(
     sequence: Tensor, rows: Sequence[Row], k: int, seed: int, number: int
 ) -> Schedule:
-    """Prompts of 1 token to half of their sequence, and any phase; drawn anew for each batch.
+    """Schedule with prompts of 1 token to half of their sequence and any phase, drawn per batch.
 
     Args:
         sequence: [N, T]  from `stack`
-        rows: that were stacked; the prompts of replies are their own
-        number: of the batch
+        rows: the stacked rows; replies keep their own prompts
+        number: number of the batch
     """
     generator = torch.Generator().manual_seed(_mixed(seed, number))
     lengths = sequence[sequence >= 0].bincount().cpu()

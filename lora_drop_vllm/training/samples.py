@@ -18,12 +18,12 @@ from lora_drop_vllm.training.rows import Row, random_schedule, stack
 from lora_drop_vllm.training.settings import Settings
 
 HELD_OUT = 8  # every eighth batch is held out, from the second
-STREAMS = 8  # what `fit` or `profile` holds at once, in streams [tokens, d]: a bound
+STREAMS = 8  # upper bound of the streams [tokens, d] that `fit` or `profile` holds at once
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A batch of token ids [N, T], its schedule, and that as the layers need it."""
+    """A batch of token ids [N, T], its schedule, and the `Batch` for the layers."""
 
     tokens: Tensor
     schedule: Schedule
@@ -31,18 +31,18 @@ class Sample:
 
     @property
     def count(self) -> int:
-        """Tokens without padding."""
+        """Number of tokens without padding."""
         return int((self.schedule.sequence >= 0).sum())
 
 
 def sample(model: Any, tokenizer: Any, corpus: Corpus, settings: Settings) -> list[Sample]:
     """The corpus, or `settings.tokens` of it, in batches under random schedules.
 
-    Of a large corpus every row begins with another passage, and its sources take turns: so few
-    tokens are to come from as many texts, of as many kinds, as there are.
+    In a large corpus, each row begins with another passage, and the sources alternate. The tokens
+    then come from as many texts, of as many kinds, as possible.
 
     Raises:
-        ValueError: too little text for the rank, or too much for the memory.
+        ValueError: there is too little text for the rank, or too much for the memory.
     """
     use_backend(model, "sdpa")
     length = settings.length
@@ -62,7 +62,7 @@ def sample(model: Any, tokenizer: Any, corpus: Corpus, settings: Settings) -> li
     if len(samples) < 2 or found < settings.rank:
         raise ValueError(
             f"--rank {settings.rank}: expected two rows of --length {length} with that many LoRA "
-            f"positions or more, and there are {len(chosen)} with {found}; give more text or "
+            f"positions or more, but there are {len(chosen)} with {found}; give more text or "
             "--tokens, or lower the two"
         )
     return samples
@@ -71,7 +71,7 @@ def sample(model: Any, tokenizer: Any, corpus: Corpus, settings: Settings) -> li
 def _rows(
     corpus: Corpus, tokenizer: Any, settings: Settings, wanted: int, spread: bool
 ) -> list[Row]:
-    """So many rows, or as many as there are; with `spread` one at most begins in a passage."""
+    """That many rows, or all rows; with `spread`, at most one row begins in a passage."""
     rows = rows_of(corpus, tokenizer, settings.length, settings.seed, turns=True)
     chosen: list[Row] = []
     while len(chosen) < wanted and not rows.position.epoch:
@@ -90,6 +90,6 @@ def _check_memory(model: Any, tokens: int) -> None:
         free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
     if need > free:
         raise ValueError(
-            f"--tokens {tokens}: their streams take {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+            f"--tokens {tokens}: their streams take {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB "
             f"are free; lower --tokens to {int(tokens * free / need)} or fewer"
         )

@@ -1,4 +1,4 @@
-"""`--corpus self`: what the model itself says, written once and kept in the user's cache."""
+"""`--corpus self`: the model's own text, written once and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SELF = "self"
 
 
 def self_corpus(model: str) -> Path:
-    """A model's own conversations; `lora-drop generate` writes them on the first call.
+    """The file of a model's own conversations; the first call runs `lora-drop generate` for it.
 
-    It runs in a process of its own, so that nothing of the engine stays in this one's memory.
+    That runs in a process of its own, so that no engine memory remains in this process.
 
     Raises:
-        ValueError: several processes want them and there are none yet.
-        RuntimeError: they could not be written.
+        ValueError: several processes need the file, but it does not exist yet.
+        RuntimeError: the conversations could not be written.
     """
     path = self_path(model)
     if (have := documents_in(path)) < COUNT:
@@ -49,12 +49,12 @@ def self_corpus(model: str) -> Path:
 
 
 def self_path(model: str) -> Path:
-    """Where they are kept: a file for each model, its weights and the settings that wrote them."""
+    """The cache file for a model's conversations; weights and settings are part of its name."""
     settings = json.dumps(asdict(Generation())).encode()
     key = f"{model_digest(model)}-{hashlib.sha256(settings).hexdigest()[:6]}"
     return default_cache() / SELF / f"{model_name(model).replace('/', '--')}-{key}.jsonl"
 
 
 def say(what: str) -> None:
-    """Tell the user, beside the progress."""
+    """Prints a line for the user, beside the progress bar."""
     print(what, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a new adapter is to be: the flags that `fit` and `train` share, checked against a model."""
+"""The settings of a new adapter, which `fit` and `train` share, checked against a model."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from lora_drop_vllm.method.layers import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CRITERIA = ("similarity", "kl")  # named choices that need scores of the layers
-RHO = 0.25  # share of the eligible layers that drop, unless the settings say otherwise
+RHO = 0.25  # default share of the eligible layers that drop
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a new adapter is to be, and how much of a corpus to read for it.
+    """The settings of a new adapter, and how much of a corpus to read for it.
 
     Attributes:
-        rho: share of the eligible layers that drop; None for 0.25, or if `layers` has numbers
+        rho: share of the eligible layers that drop; None means 0.25, or that `layers` has numbers
         layers: `contiguous`, `uniform`, `similarity` or `kl`, or the numbers of the drop layers
         k: LoRA steps between two full steps
         rank: r of A [r, d] and B [d, r]
-        reuse: `previous`, `anchor`, `update` or `none`: what a drop layer reuses
-        kv: `skip` or `write`: what a LoRA step does with the KV of the drop layers
-        injection: `block` or `attn_mlp`: one correction per layer, or one for each of its halves
+        reuse: the value that a drop layer reuses: `previous`, `anchor`, `update` or `none`
+        kv: the KV of the drop layers in a LoRA step: `skip` or `write`
+        injection: `block` (one correction per layer) or `attn_mlp` (one for each of its halves)
         length: tokens in a row of the corpus
         tokens: tokens of the corpus to read, at most
         seed: decides the order of the text, the prompts and the phases
-        dtype: of the adapter's file: `float32`, `bfloat16` or `float16`
+        dtype: dtype of the adapter's file: `float32`, `bfloat16` or `float16`
     """
 
     rho: float | None = None
@@ -52,7 +52,7 @@ class Settings:
     dtype: str = "float32"
 
     def check(self, base: BaseModel) -> None:
-        """Raise ValueError for what cannot be made for a model, naming the flag."""
+        """Raises ValueError if a setting does not fit the model; the error names the flag."""
 
         def require(ok: bool, flag: str, value: object, allowed: str) -> None:
             if not ok:
@@ -71,7 +71,7 @@ class Settings:
                 num_drop_layers(rho, base.num_hidden_layers) >= 1,
                 "rho",
                 rho,
-                f"{least:.3f} or more: of {len(eligible)} eligible layers none would drop",
+                f"{least:.3f} or more: none of {len(eligible)} eligible layers would drop",
             )
         else:
             require(self.rho is None, "rho", self.rho, "nothing: --layers names the layers")
@@ -91,7 +91,7 @@ class Settings:
         )
 
     def check_agrees(self, adapter: AdapterConfig, folder: str) -> None:
-        """Raise ValueError where a flag asks for another adapter than the one to go on from."""
+        """Raises ValueError if a flag contradicts the adapter that training starts from."""
         plain, theirs = Settings(), {"rank": adapter.r, "rho": adapter.rho}
         theirs |= {"layers": tuple(adapter.drop_layers)}
         for flag in ("layers", "rank", *ALLOWED):
@@ -105,10 +105,10 @@ class Settings:
     def config(
         self, name: str, base: BaseModel, chosen: Sequence[int] | None = None
     ) -> AdapterConfig:
-        """Of the new adapter for a model called `name`.
+        """The config of the new adapter for a model called `name`.
 
         Args:
-            chosen: the drop layers, by a profile; the criteria need one
+            chosen: the drop layers that a profile chose; the criteria need them
 
         Raises:
             ValueError: see `check`.

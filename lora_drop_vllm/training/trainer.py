@@ -1,7 +1,7 @@
 """`lora-drop train`: A, B and g by gradients through the parallel decode (Sec. II-E, III-A).
 
-A run depends on its settings only: rows, prompts and phases follow from the seed and the number of
-a batch, so a run that was killed goes on from its checkpoint to the very same adapter.
+A run depends on its settings only. Rows, prompts and phases follow from the seed and the batch's
+number. A killed run therefore resumes from its checkpoint, and the resulting adapter is identical.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class TrainResult:
     Attributes:
         folder: the adapter's folder, which also holds the log and the last checkpoint
         config: contents of its `adapter_config.json`
-        steps: optimizer steps taken, those of earlier runs into the folder included
+        steps: optimizer steps taken, including those of earlier runs into the folder
         log: one entry per step: losses per token, learning rate, tokens per second
-        skipped: lines, rows or replies of the corpus that could not be used
+        skipped: number of lines, rows or replies of the corpus that could not be used
     """
 
     folder: Path
@@ -116,14 +116,14 @@ def train(
 def _described(
     settings: Settings, plan: Plan, further: dict[str, Any], corpus: Corpus
 ) -> dict[str, Any]:
-    """The settings that a run goes by, as its checkpoint keeps them."""
+    """The settings of a run, in the form that its checkpoint keeps."""
     run = asdict(settings) | asdict(plan) | further | {"corpus": corpus.origin}
     described: dict[str, Any] = json.loads(json.dumps(run))
     return described
 
 
 def run_to_the_end(trainer: Trainer, out: Path, dtype: torch.dtype) -> list[dict[str, float]]:
-    """Take the steps that are left, with a log and checkpoints in `out`; returns the log."""
+    """Takes the remaining steps, with a log and checkpoints in `out`; returns the log."""
     plan, writes = trainer.plan, trainer.devices.number == 0
     out.mkdir(parents=True, exist_ok=True)
     log = read_log(out, trainer.step)
@@ -143,7 +143,7 @@ def run_to_the_end(trainer: Trainer, out: Path, dtype: torch.dtype) -> list[dict
                 append_log(out, entry)
                 if trainer.step % plan.save_every == 0 or trainer.step == plan.steps:
                     save_adapter(out, trainer.adapter.config, trainer.adapter.tensors(), dtype)
-                    trainer.checkpoint().save(out)  # last: what it vouches for is written
+                    trainer.checkpoint().save(out)  # last, after the files it vouches for
     return log
 
 
@@ -156,10 +156,10 @@ def begin(
     start: str,
     profile: str | Path | None,
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The adapter that training begins with.
+    """The adapter that training starts from.
 
     Raises:
-        ValueError: settings, a profile or an adapter that cannot be used.
+        ValueError: the settings, the profile or the adapter cannot be used.
     """
     if start not in ("fit", "zero"):
         config = read_config(Path(start))

@@ -1,4 +1,4 @@
-"""The places of a chat template where turns go, and which sampled turns are sound."""
+"""The places for turns in a chat template, and the check of sampled turns."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any
 
 from lora_drop_vllm.engine.offline_generation import Completion
 
-MARK = "lora-drop-was-here"  # stands where a message goes when the template is read
-LEAST_CHARACTERS = 8  # of a user's turn
+MARK = "lora-drop-was-here"  # marks a message's place in the rendered template
+LEAST_CHARACTERS = 8  # characters of a user's turn, at least
 LEAST_TOKENS = {"user": 3, "assistant": 4}
-DISTINCT = 0.5  # of the runs of four tokens, at least
-LONG = 64  # tokens from which that is asked
+DISTINCT = 0.5  # share of distinct runs of four tokens, at least
+LONG = 64  # tokens of a turn from which DISTINCT applies
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What ends a turn: ids of tokens, or text where the template has no token for it."""
+    """The end of a turn: token ids, or text if the template has no token for it."""
 
     tokens: tuple[int, ...]
     text: tuple[str, ...]
 
 
 class Turns:
-    """Prompts behind which a model writes the user's or the assistant's turn.
+    """Prompts after which a model writes the user's or the assistant's turn.
 
-    The header of a turn is what the template puts before a marked message, its ending what follows
-    the mark; so it works for any template that keeps messages as they are.
+    A turn's header is the template's text before a marked message; its ending is the text after the
+    mark. This works for every template that leaves messages unchanged.
 
     Attributes:
         user: ending of a user's turn
         assistant: ending of a reply
-        system: the template takes system messages
+        system: true if the template accepts system messages
 
     Raises:
-        ValueError: the template loses a message.
+        ValueError: the template leaves out a message.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -51,11 +51,11 @@ class Turns:
         self.system = self._takes_system()
 
     def user_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens up to and with the header of the user's next turn."""
+        """Tokens up to and including the header of the user's next turn."""
         return self._tokens(self._cut(messages, "user")[0])
 
     def reply_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens up to and with the header of the reply, as a server makes them."""
+        """Tokens up to and including the header of the reply, as a server renders them."""
         return self._tokens(
             self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
@@ -63,7 +63,7 @@ class Turns:
         )
 
     def fault(self, turn: Completion, role: str) -> str | None:
-        """Why a turn cannot be used, or None; a reply may be cut off, a user's turn may not."""
+        """The reason to leave a turn out, or None; a reply may be cut off, a user's turn not."""
         if turn.end == "repetition" or repeats(turn.tokens):
             return "repetition"
         if turn.end == "length" and role == "user":
@@ -77,7 +77,7 @@ class Turns:
         return None
 
     def _cut(self, messages: Sequence[Message], role: str) -> tuple[str, str]:
-        """What the template puts before and behind a message."""
+        """The template's text before and after a message."""
         given = [*messages, {"role": role, "content": MARK}]
         whole = self.tokenizer.apply_chat_template(given, tokenize=False)
         before, mark, behind = whole.rpartition(MARK)
@@ -106,6 +106,6 @@ class Turns:
 
 
 def repeats(tokens: Sequence[int]) -> bool:
-    """True for a long text most of whose runs of four tokens are repetitions."""
+    """True for a long text in which most runs of four tokens are repetitions."""
     runs = [tuple(tokens[n : n + 4]) for n in range(len(tokens) - 3)]
     return len(tokens) >= LONG and len(set(runs)) < DISTINCT * len(runs)

@@ -1,4 +1,4 @@
-"""Conversations: replies behind their prompts, in rows, under the schedule, in training."""
+"""Conversations: replies after their prompts, in rows, under the schedule, in training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def chat_tokenizer() -> Any:
 
 
 def messages(*contents: str, first: str = "user") -> list[dict[str, str]]:
-    """Of two who take turns."""
+    """Messages of two roles that take turns."""
     roles = [first, "assistant" if first == "user" else "user"]
     return [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]
 
@@ -72,7 +72,7 @@ def test_what_the_template_refuses_is_counted() -> None:
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ loop.length }}{% endfor %}"
     _, reasons = render([Conversation.of(messages("a", "bcdefgh"))], tokenizer, 96)
-    assert reasons == ["the chat template renders a reply otherwise than behind its prompt"]
+    assert reasons == ["the chat template does not render a reply directly after its prompt"]
 
 
 def test_without_a_template_or_a_reply_there_is_an_error() -> None:

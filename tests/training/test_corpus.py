@@ -1,4 +1,4 @@
-"""Corpus files, and the rows and schedules made of them."""
+"""Corpus files, and the rows and schedules made from them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_file_without_text_is_refused(
 
 
 def dataset(folder: Path) -> str:
-    """A dataset of two configurations, by its name on the command line."""
+    """The command-line name of a dataset with two configurations."""
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     configs = {
         "small": [{"text": "one", "source": "web"}, {"text": " "}, {"text": None}],
@@ -116,7 +116,7 @@ def test_a_dataset_that_cannot_be_used_is_refused(
 
 def test_without_the_package_datasets_their_names_are_refused(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"takes the package datasets; pip install"):
+    with pytest.raises(ValueError, match=r"needs the package datasets; pip install"):
         read_corpus(["datasets:allenai/c4"])
 
 
@@ -157,7 +157,7 @@ def test_sources_take_turns_where_asked(tmp_path: Path) -> None:
     corpus = read_corpus([tmp_path / "a.jsonl"])
 
     def first_tokens(turns: bool) -> str:
-        """Of one row of each passage."""
+        """First tokens of one row per passage."""
         rows = Rows(corpus, make_tokenizer(), 16, 0, turns=turns)
         found = []
         while not rows.position.epoch:
@@ -174,7 +174,7 @@ def test_sources_take_turns_where_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", [0, 3, 17, 40])
 def test_rows_go_on_from_a_position(start: int) -> None:
-    """Also from within a passage, and in a later pass over the corpus."""
+    """The position may lie within a passage, and in a later pass over the corpus."""
     whole = Rows(Corpus(DOCUMENTS, 0), make_tokenizer(), 24, seed=5)
     for _ in range(start):
         next(whole)
@@ -183,9 +183,9 @@ def test_rows_go_on_from_a_position(start: int) -> None:
 
 
 def test_a_corpus_shorter_than_a_row_is_refused() -> None:
-    with pytest.raises(ValueError, match="--corpus: 20 tokens, and a row takes 32; give more"):
+    with pytest.raises(ValueError, match="--corpus: 20 tokens, but a row takes 32; give more"):
         Rows(Corpus(["a" * 20], 0), make_tokenizer(), 32, 0)
-    with pytest.raises(ValueError, match="--corpus: 0 tokens, and a row takes 32"):
+    with pytest.raises(ValueError, match="--corpus: 0 tokens, but a row takes 32"):
         Rows(Corpus(["short"] * 20, 0), make_tokenizer(), 32, 0)
     with pytest.raises(ValueError, match="--length 4: expected 8 tokens or more"):
         Rows(Corpus(DOCUMENTS, 0), make_tokenizer(), 4, 0)

@@ -1,4 +1,4 @@
-"""The decode of all positions at once against the oracle's, token by token."""
+"""The decode of all positions at once, compared with the oracle's, token by token."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def oracle_logits(model: Any, config: Any, tensors: Any, tokens: Tensor, schedul
 
 
 def own_positions(x: Tensor, schedule: Schedule) -> Tensor:
-    """The same positions out of [N, T, ...]."""
+    """The same positions from [N, T, ...]."""
     order = schedule.sequence.flatten().argsort(stable=True)
     return x.flatten(0, 1)[order[schedule.sequence.flatten()[order] >= 0]]
 
@@ -108,7 +108,7 @@ def test_logits_are_the_oracles(
     kv: str,
     injection: str,
 ) -> None:
-    """Four prompts, phases and k at once; one k lies beyond the end, one row is all prompt."""
+    """The rows have four prompts, phases and k; one k passes the end, one row is all prompt."""
     model = hf_models[family]
     config, tensors = make_adapter(
         tmp_path, models[family], drop_layers=DROP, reuse=reuse, kv=kv, injection=injection
@@ -151,7 +151,7 @@ def test_the_student_beside_the_base_model_is_the_student_alone(
     kv: str,
     injection: str,
 ) -> None:
-    """Values and gradients, in packed rows; one sequence and one row are all prompt."""
+    """Values and gradients agree in packed rows; one sequence and one row are all prompt."""
     config, tensors = make_adapter(
         tmp_path, models["qwen2"], drop_layers=DROP, reuse=reuse, kv=kv, injection=injection
     )
@@ -228,7 +228,7 @@ def test_gradients_are_the_oracles(
     kv: str,
     injection: str,
 ) -> None:
-    """Through A, B and gate alike, with and without checkpointing; none for the base."""
+    """A, B and gate get gradients, with and without checkpointing; the base gets none."""
     model = hf_models["llama"]
     config, tensors = make_adapter(
         tmp_path, models["llama"], drop_layers=DROP, reuse=reuse, kv=kv, injection=injection

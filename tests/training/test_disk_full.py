@@ -1,6 +1,6 @@
-"""A disk that is full: a clear error, what was there before stays, nothing half-written is left.
+"""A full disk: a clear error, earlier files stay, and no half-written file is left.
 
-For a moment no file may be longer than 4 KiB, which fails as a full disk does, in mid-file.
+For a moment, no file may exceed 4 KiB. Writing then fails in mid-file, as on a full disk.
 """
 
 from __future__ import annotations

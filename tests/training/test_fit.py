@@ -65,7 +65,7 @@ def test_sums_do_not_depend_on_the_batches() -> None:
 
 
 def test_noise_is_not_fitted() -> None:
-    """Few rows and nothing to learn: the strongest ridge wins and the map stays small."""
+    """With few rows and nothing to learn, the strongest ridge wins and the map stays small."""
     x, y, held_x, held_y = (torch.randn(40, 32) for _ in range(4))
     A, B, _ = fit_site(
         moments(x, y, None, 0.0), moments(held_x, held_y, None, 0.0), REUSE["none"], 8, 1.0
@@ -102,7 +102,7 @@ def test_a_fitted_adapter_is_nearer_to_the_base(
 
 @pytest.mark.parametrize("injection", ["block", "attn_mlp"])
 def test_previous_is_fitted_on_the_sums_of_its_inputs(smooth_model: Path, injection: str) -> None:
-    """Its layer comes nearer to the base model's; random layers behind it blur that."""
+    """The layer comes nearer to the base model's; random layers after it blur the effect."""
     model: Any = load_model(smooth_model)
     settings = Settings(layers=(4,), reuse="previous", injection=injection, rank=64, length=64)
     config = settings.config("tiny", base_model(model))
@@ -120,7 +120,7 @@ def test_previous_is_fitted_on_the_sums_of_its_inputs(smooth_model: Path, inject
 
 
 def test_rows_of_a_large_corpus_come_from_many_texts(smooth_model: Path) -> None:
-    """20 rows from 26 texts of over a hundred rows each; of a small corpus every row is taken."""
+    """A large corpus gives 20 rows from 26 long texts; a small corpus gives every row."""
     model: Any = load_model(smooth_model)
     settings = Settings(rho=0.5, rank=8, length=16, tokens=320)
     texts = Corpus([letter * 2000 for letter in "abcdefghijklmnopqrstuvwxyz"], 0)

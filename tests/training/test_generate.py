@@ -1,4 +1,4 @@
-"""`lora-drop generate` with a fake engine: what is asked, what is kept, what a kill leaves."""
+"""`lora-drop generate` with a fake engine: the requests, the kept documents, kills."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_settings_decide_the_file_and_not_the_batch(chat_model: str, tmp_pat
 
 
 def test_a_repetition_of_what_was_dropped_is_none(chat_model: str, tmp_path: Path) -> None:
-    """Half of the replies are broken; which ones are kept does not depend on the batch."""
+    """Half of the replies are broken; the batch size does not change which ones are kept."""
 
     def rule(request: Request) -> Completion:
         if is_user(request):
@@ -93,7 +93,7 @@ def test_a_killed_run_resumes_to_the_same_file(chat_model: str, tmp_path: Path, 
     out = tmp_path / "b.jsonl"
     with pytest.raises(KeyboardInterrupt):
         made(chat_model, out, engine=FakeEngine(faulty, dies=call), count=30, batch=8)
-    with out.open("a") as file:  # of the batch at hand: a whole line, and a torn one
+    with out.open("a") as file:  # from the current batch: a whole line, and a torn one
         file.write(json.dumps(whole[-1]) + '\n{"messages": [{"ro')
     engine = FakeEngine(faulty)
     assert made(chat_model, out, engine=engine, count=30, batch=8) == whole
@@ -106,7 +106,7 @@ def test_a_killed_run_resumes_to_the_same_file(chat_model: str, tmp_path: Path, 
 
 
 def test_what_was_good_before_a_broken_turn_is_kept(chat_model: str, tmp_path: Path) -> None:
-    """Second replies loop, third turns never come."""
+    """Second replies loop; third turns never follow."""
 
     def rule(request: Request) -> Completion:
         turn = make_chat_tokenizer("qwen2").decode(request.tokens).count("<|im_start|>user")

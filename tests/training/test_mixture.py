@@ -1,4 +1,4 @@
-"""Sources with shares of the tokens: how they are written, and the rows that come of them."""
+"""Sources with shares of the tokens: their notation, and the resulting rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = {"a": 3000, "b": 700, "c": 20_000}
 
 
 def sources(folder: Path) -> dict[str, Path]:
-    """Files of one letter each, by that letter."""
+    """One file per letter, which holds only that letter."""
     for letter, size in SIZES.items():
         lines = [json.dumps({"text": letter * n}) for n in [50 + size // 40] * 20]
         (folder / f"{letter}.jsonl").write_text("\n".join(lines))
@@ -48,7 +48,7 @@ def mixed(folder: Path, shares: dict[str, str], **more: Any) -> MixedRows:
     ids=["long", "short", "three", "uneven"],
 )
 def test_tokens_are_shared_as_written(tmp_path: Path, shares: dict[str, str], count: int) -> None:
-    """Whatever the sizes of the files, and to within a row at any time."""
+    """The shares hold for files of any size, to within a row at any time."""
     rows = mixed(tmp_path, shares)
     tokenizer = make_tokenizer()
     found = dict.fromkeys(shares, 0)
@@ -141,7 +141,7 @@ def test_shares_that_cannot_be_are_refused(tmp_path: Path, names: list[str], mes
 
 @pytest.fixture
 def given(smooth_model: Path, tmp_path: Path) -> list[str]:
-    """Model and a mixture of two kinds of text."""
+    """The model, and a mixture of two kinds of text."""
     texts = {"bees": [WORDS * 3, WORDS[::-1] * 2], "lists": ["one, two, three, " * 40] * 3}
     for name, documents in texts.items():
         lines = [json.dumps({"text": text}) + "\n" for text in documents]

@@ -27,8 +27,8 @@ def given(smooth_model: Path, tmp_path: Path) -> list[str]:
             "--save-every", "2", "--from", "zero"]  # fmt: skip
 
 
-# A run that nothing interrupts, then runs that are killed and go on. The processes are forks of one
-# that has imported everything and done nothing else.
+# One uninterrupted run, then runs that are killed and resumed. All processes are forks of one that
+# has imported everything and done nothing else.
 KILLER = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
@@ -61,7 +61,7 @@ while kills:
     child = start(out)
     time.sleep(moments.random() * length)
     os.kill(child, signal.SIGKILL)
-    if end(child) != -signal.SIGKILL:  # it was through
+    if end(child) != -signal.SIGKILL:  # it had finished
         shutil.rmtree(out)
         continue
     print((out / LOG).read_text().count("\\n"))
@@ -84,7 +84,7 @@ def test_runs_killed_at_random_moments_end_alike(
 
 @pytest.mark.matrix
 def test_two_processes_train_the_adapter_of_one(given: list[str], tmp_path: Path) -> None:
-    """Which takes twice as many batches a step."""
+    """The single process takes twice as many batches per step."""
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install '.[train]'")
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -1,4 +1,4 @@
-"""`--corpus self`: written once for a model, and enough to fit an adapter with nothing else."""
+"""`--corpus self`: written once per model, and enough to fit an adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, and few conversations in it."""
+    """A cache for this test alone, with few conversations."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "COUNT", COUNT)
     return tmp_path / "cache"
@@ -66,7 +66,7 @@ def test_it_is_written_once_and_says_where(
 
 
 def test_every_model_has_its_own(chat_model: Path, tmp_path: Path) -> None:
-    """Told by weights and template, not by the folder's place."""
+    """Weights and template identify a model; the folder's place does not."""
     paths = {self_path(str(chat_model)).name}
     copy = tmp_path / "elsewhere" / "model"
     shutil.copytree(chat_model, copy)
@@ -112,9 +112,9 @@ def test_fit_needs_nothing_but_a_model(
 
 @pytest.mark.engine
 def test_the_engine_continues_as_asked(smooth_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy as transformers does; ends at a token, at the limit and in a loop; seeds count.
+    """Greedy text is that of transformers; texts end at a token, at the limit or in a loop.
 
-    Also with more prompt tokens than an engine step takes.
+    Seeds count. Some prompts have more tokens than an engine step takes.
     """
     import torch
     from tiny import load_model, prompt_of

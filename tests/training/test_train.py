@@ -1,4 +1,4 @@
-"""Training: the loss, the steps, and runs that are killed and go on."""
+"""Training: the loss, the steps, and killed runs that resume."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def given(smooth_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.fixture(scope="module")
 def whole(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run that nothing interrupted."""
+    """Folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert main([*given, "--out", str(out)]) == 0
     return out
@@ -104,9 +104,7 @@ def test_training_lowers_the_loss(whole: Path) -> None:
 def test_an_interrupted_run_ends_alike(
     given: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """Also when a step's log entry was written but not its checkpoint; no step is taken twice but
-    those since the checkpoint.
-    """
+    """A log entry may exist without its checkpoint; only steps after the checkpoint repeat."""
     real, taken = Trainer.advance, []
 
     def failing(self: Trainer) -> dict[str, float]:
@@ -260,7 +258,7 @@ def test_a_folder_with_another_run_is_refused(
     given: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*given, "--out", str(whole), "--lr", "0.5"]) == 2
-    assert "a run with --lr 0.001 is in it, not 0.5" in capsys.readouterr().err
+    assert "holds a run with --lr 0.001, not 0.5" in capsys.readouterr().err
     (tmp_path / FILE).write_bytes(b"nothing")
     assert main([*given, "--out", str(tmp_path)]) == 2
     assert "not a checkpoint of `lora-drop train`" in capsys.readouterr().err
