@@ -25,7 +25,7 @@ def is_user(request: Request) -> bool:
 
 
 def said(request: Request) -> str:
-    """What the fake model says to a prompt: another thing for every seed."""
+    """The fake model's answer to a prompt; it differs for each seed."""
     if is_user(request):
         return f"Tell me about number {request.seed % 10**6}, please."
     return f"Number {request.seed % 10**6} is large, and then {len(request.tokens)} came."

@@ -1,4 +1,4 @@
-"""An engine in this process, with a record of every step it planned."""
+"""An engine in this process, with a record of each planned step."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Engine:
         return self.scheduler.kv_cache_manager.block_pool
 
     def counts(self) -> dict[str, int]:
-        """Steps by kind, counted where the model is called."""
+        """Steps by kind, counted at the calls of the model."""
         return {kind.value: n for kind, n in self.runner.model.lora_drop.counts.items()}
 
     def record(self) -> None:
-        """Keep every plan the scheduler makes from now on."""
+        """Keeps every plan that the scheduler makes from now on."""
         tracker = self.scheduler.tracker
         advance = tracker.advance
 
@@ -130,11 +130,11 @@ def replay(
     oracle: Oracle,
     forgets: bool = False,
 ) -> list[int]:
-    """Feed the oracle the steps that a request went through; returns its generated tokens.
+    """Feeds the oracle the steps of a request; returns its generated tokens.
 
-    A request that starts over at a lower position was preempted: all its tokens are a prompt
-    again. With `forgets`, the engine then drops the token of a step that was under way; prompts
-    must come in one piece.
+    A request that starts over at a lower position was preempted; all its tokens then are a prompt.
+    With `forgets`, the engine drops the token of the step in progress; prompts must come in one
+    piece.
     """
     oracle.tokens = list(prompt)
     prompted, computed = False, 0
@@ -175,7 +175,7 @@ def settings_of(config: Any, tensors: Any, **override: Any) -> Settings:
 
 
 def longest_lora_run(steps: list[Step], request_id: str) -> int:
-    """Most LoRA steps in a row that a request went through."""
+    """The largest number of LoRA steps in a row of a request."""
     longest = run = 0
     for step in steps:
         if request_id in step.requests:
@@ -185,7 +185,7 @@ def longest_lora_run(steps: list[Step], request_id: str) -> int:
 
 
 def assert_same(got: Any, want: list[int], oracle: Oracle) -> None:
-    """Equal tokens, log-probabilities within 1e-3; two paths may only part at a tie."""
+    """Asserts equal tokens, log-probabilities within 1e-3; two paths may only part at a tie."""
     parted = next((n for n, (a, b) in enumerate(zip(got.tokens, want)) if a != b), len(want))
     if parted < len(want):
         assert oracle.margins[parted] < 1e-4, f"token {parted}: {got.tokens[parted]}"
@@ -199,7 +199,7 @@ def assert_same(got: Any, want: list[int], oracle: Oracle) -> None:
 
 
 def check_all_released(engine: Engine) -> None:
-    """After all requests ended, every block (but the null block) and every slot is back."""
+    """Asserts that every block (but the null block) and slot is free after all requests ended."""
     assert engine.scheduler.num_drop_blocks() == 0
     assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
     assert len(engine.scheduler.tracker._free_slots) == engine.scheduler.tracker.max_requests
