@@ -47,6 +47,17 @@ def test_files_and_functions_stay_short(path: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < limit, node.name
 
 
+def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                words = (ast.get_docstring(node) or "").split(maxsplit=1)
+                if words and words[0] in ("Of", "Over", "Where", "Whether"):
+                    found.append(f"{path.relative_to(ROOT)}: {getattr(node, 'name', 'module')}")
+    assert not found
+
+
 @pytest.mark.parametrize("folder", ENGINE_FREE)
 def test_only_engine_imports_vllm(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):

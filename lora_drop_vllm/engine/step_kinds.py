@@ -41,7 +41,7 @@ LETTERS = {StepKind.FULL: "F", StepKind.LORA: "L"}
 
 
 def asked(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether a request with these `vllm_xargs` wants to know the kinds of its steps."""
+    """True if a request with these `vllm_xargs` asks for the kinds of its steps."""
     return bool((extra_args or {}).get(FIELD))
 
 

@@ -41,7 +41,7 @@ class Question:
 
     @property
     def route(self) -> str:
-        """Where it is asked, behind `/v1`."""
+        """The path of the request, after `/v1`."""
         return "completions" if self.plain else "chat/completions"
 
     def body(self, model: str) -> dict[str, Any]:

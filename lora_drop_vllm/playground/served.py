@@ -38,7 +38,7 @@ class Served:
 
     @property
     def kv_skips(self) -> bool:
-        """Whether LoRA steps write no KV slot in the drop layers."""
+        """True if LoRA steps write no KV slot in the drop layers."""
         return self.kv == "skip"
 
 

@@ -222,7 +222,7 @@ def test_one_server_is_awake_at_a_time() -> None:
 
 
 def eventually(found: Callable[[], Any], wanted: Any) -> bool:
-    """Whether it is found within seconds; a signal takes its time to arrive."""
+    """True if it is found within seconds; a signal takes some time to arrive."""
     deadline = time.monotonic() + 10
     while found() != wanted and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Quality: measures against the oracle's, task files, the command."""
+"""Quality: measures compared with the oracle's, task files, the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model `lora_drop` of lm-eval: against the oracle and lm-eval's own model, the command."""
+"""lm-eval's model `lora_drop`, compared with the oracle and lm-eval's own, and the command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAIRS = [("The sky is", " blue"), ("Two and two", " are four, he said"), ("", "a
 
 @pytest.fixture(scope="module")
 def folder(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model with a tokenizer, and an adapter."""
+    """Folder of a model with a tokenizer, and of an adapter."""
     root = tmp_path_factory.mktemp("lm_eval")
     shutil.copytree(models["llama"], root / "model")
     make_tokenizer().save_pretrained(root / "model")
@@ -73,7 +73,7 @@ def test_continuations_run_under_the_schedule(lm: Any, settings: Any) -> None:
 
 
 def test_long_texts_roll_in_windows(lm: Any, settings: Any, monkeypatch: Any) -> None:
-    """The token behind which a window begins is its prompt; the last window has a longer one."""
+    """The token before a window is its prompt; the last window has a longer prompt."""
     monkeypatch.setattr(lm, "_max_length", 10)
     text = prompt_of(25)
     monkeypatch.setattr(lm, "tok_encode", lambda string: text)
@@ -93,7 +93,7 @@ def test_a_context_too_long_loses_its_beginning(lm: Any, settings: Any, monkeypa
 
 
 def test_generation_is_what_decoding_says(lm: Any, settings: Any) -> None:
-    """Prompts of different lengths in one batch."""
+    """One batch holds prompts of different lengths."""
     prompts = [prompt_of(5), prompt_of(9)]
     context = torch.tensor([[0] * (9 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (9 - len(p)) + [1] * len(p) for p in prompts])
@@ -146,14 +146,14 @@ metric_list: [{metric: exact_match}]
 
 @pytest.fixture
 def command(folder: Path, tmp_path: Path, monkeypatch: Any) -> list[str]:
-    """`lora-drop lm-eval` on three tiny tasks, but for the model."""
+    """The command `lora-drop lm-eval` on three tiny tasks, without the model."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
     import datasets
     import lm_eval.tasks
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     only_ours = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", only_ours)  # there are thousands of others
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", only_ours)  # lm-eval has thousands
     monkeypatch.setattr(sys, "argv", ["lora-drop"])
     lines = [
         {"question": question, "choices": [" yes", " no"], "gold": number % 2}
@@ -177,7 +177,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_the_command_runs_lm_evals_tasks(command: list[str], folder: Path, tmp_path: Path) -> None:
-    """With k = 0 as lm-eval's own model scores them, otherwise not."""
+    """With k = 0 the scores equal those of lm-eval's own model; otherwise they differ."""
     pair = f"pretrained={folder}/model,dtype=float32"
     assert main([*command, "--model", "hf", "--model_args", pair]) == 0
     base = results(tmp_path)["results"]

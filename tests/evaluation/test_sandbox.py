@@ -1,4 +1,4 @@
-"""Programs that a model wrote: right ones pass, all others fail and leave nothing behind."""
+"""Programs that a model wrote: correct ones pass; all others fail and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ for deed in {deeds!r}:
     try:
         eval(deed)
         done.append(deed)
-    except (PermissionError, ValueError):  # the latter is what `resource` makes of it
+    except (PermissionError, ValueError):  # `resource` turns it into the latter
         pass
 raise type(str(done), (Exception,), {{}})
 """

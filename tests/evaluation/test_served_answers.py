@@ -1,4 +1,4 @@
-"""GSM8K and HumanEval: files, prompts, marks, and the command against a server of our own."""
+"""GSM8K and HumanEval: files, prompts, marks, and the command with a fake server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HALF = {
 
 @pytest.fixture
 def fake() -> Iterator[Callable[[Callable[[str, bool], str]], FakeServer]]:
-    """Start a server that says what a function of the prompt and of k = 0 returns."""
+    """Starts a server; a function of the prompt and of k = 0 gives its answers."""
     running: list[FakeServer] = []
 
     def start(say: Callable[[str, bool], str]) -> FakeServer:
@@ -58,7 +58,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def solve(prompt: str, base: bool) -> str:
-    """The base model is right; LoRA-Drop forgets the mark of sums, and halves wrongly."""
+    """The base model is right; LoRA-Drop forgets the mark of sums and halves wrongly."""
     if prompt.startswith("def half"):
         return "    return n // 2\n\nclass More:\n    1 / 0\n" if base else "    return n\n"
     total = 2 * int(prompt.split("What is ")[-1].split()[0])
@@ -152,7 +152,7 @@ def test_only_a_right_function_is_marked_right(data: Path, completion: str, righ
 def test_the_command_asks_the_base_model_then_lora_drop(
     data: Path, fake: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pair = threading.Barrier(2)  # of requests at a time
+    pair = threading.Barrier(2)  # two requests at a time
 
     def say(prompt: str, base: bool) -> str:
         if prompt.startswith("Question"):

@@ -54,7 +54,7 @@ def server() -> Iterator[Counted]:
 
 
 def passes(server: Counted, scratch: Path, key: str = "") -> bool:
-    """Whether the check calls this server healthy."""
+    """True if the check calls this server healthy."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), f"http://127.0.0.1:{server.server_port}"],
         env=os.environ | {"TMPDIR": str(scratch), "VLLM_API_KEY": key},

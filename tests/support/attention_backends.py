@@ -1,4 +1,4 @@
-"""Attention backends of GPUs as a CPU has them: by the sizes and layouts that they declare."""
+"""GPU attention backends on a CPU, reduced to the sizes and layouts that they declare."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TRITON = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 
 
 class FixedBlocks(CPUAttentionBackend):
-    """As FlashInfer: blocks of these sizes and no others."""
+    """A backend that, like FlashInfer, supports these block sizes only."""
 
     @classmethod
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
@@ -23,7 +23,7 @@ FIXED = f"{__name__}.FixedBlocks"
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, backends: dict[str | None, str]) -> None:
-    """Let the platform know these backends, by name; None names its own choice."""
+    """Offers the platform these backends, by name; None names its own choice."""
     from vllm.platforms import current_platform
     from vllm.v1.attention.selector import _cached_get_attn_backend
 

@@ -1,4 +1,4 @@
-"""Headless Chromium for the page's tests, and the playground's command behind it."""
+"""Headless Chromium for the page's tests, and the playground's command that serves the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MISSING = " and ".join(
     name for name, have in (("Playwright", HAVE_PLAYWRIGHT), ("Chromium", CHROMIUM)) if not have
 )
 FLAGS = [
-    "--no-sandbox",  # root in a container has no other way
+    "--no-sandbox",  # root in a container needs it
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -43,7 +43,7 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def playground(*arguments: str) -> Iterator[str]:
-    """Address of a page that `lora-drop playground` serves, in a process of its own."""
+    """Address of a page that `lora-drop playground` serves in its own process."""
     command = [str(Path(sys.executable).with_name("lora-drop")), "playground", "--port", "0"]
     process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True)
     try:

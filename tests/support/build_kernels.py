@@ -1,4 +1,4 @@
-"""Compiles every kernel for a GPU, without one, in the launches of the table; prints them.
+"""Compiles every kernel for a GPU without having one, for the table's launches; prints them.
 
 python build_kernels.py 90        (an H100 or H200; 80: an A100)
 """
@@ -25,7 +25,7 @@ built: dict[str, dict[str, Any]] = {}  # by hash
 
 
 def stand_in(capability: int) -> Any:
-    """The part of a driver that is needed to choose and compile a kernel."""
+    """The part of a driver that chooses and compiles a kernel."""
     return SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
@@ -35,7 +35,7 @@ def stand_in(capability: int) -> Any:
 
 
 def compile_only(capability: int) -> None:
-    """Makes every launch stop after its kernel is compiled."""
+    """Makes every launch stop after the compilation of its kernel."""
     run = JITFunction.run
 
     def compiled(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Chat templates in the shape of three families, and a tiny model that speaks in letters."""
+"""Chat templates of three families, and a tiny model that writes letters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SPECIAL = ("<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id
 
 
 def make_chat_tokenizer(family: str) -> Any:
-    """Single bytes and the families' special tokens, with the template of one of them."""
+    """A tokenizer of single bytes and the families' special tokens, with one family's template."""
     tokenizer = tiny.make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     tokenizer.chat_template = TEMPLATES[family]
@@ -42,7 +42,7 @@ def make_chat_tokenizer(family: str) -> Any:
 
 
 def make_chat_model(folder: Path, family: str, template: str | None = None) -> Path:
-    """Save a random model that writes letters, spaces and the end of a turn; returns its folder.
+    """Saves a random model that writes letters, spaces and the end of a turn; returns its folder.
 
     Channel 0 of its stream is held at a constant, by which the output layer refuses other tokens.
     """

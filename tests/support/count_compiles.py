@@ -1,8 +1,8 @@
 """Count what Triton compiles at start-up and what with requests, without a GPU; print what for.
 
-Every launch computes its specialisation key as on a GPU, from the real arguments of an engine that
-computes with the reference; nothing is compiled or launched. A key that the start did not have is a
-compilation that a request would wait for.
+The engine computes with the reference, and nothing is compiled or launched. Each launch computes
+its specialisation key as on a GPU, from the engine's real arguments. A key that is new after the
+start is a compilation that a request would wait for.
 
 python count_compiles.py
 """
@@ -30,13 +30,13 @@ keys: set[tuple[str, str]] = set()
 
 
 def note_and_skip(**launch: Any) -> bool:
-    """Triton's hook in front of a compilation: keep the key, leave the compilation out."""
+    """Triton's hook before a compilation: keeps the key and skips the compilation."""
     keys.add((launch["fn"].name.rpartition(".")[2], launch["key"]))
     return True
 
 
 def launch_as_well(name: str, launch: Callable[..., Any]) -> None:
-    """Let the operator on a CPU call the Triton launcher too and answer with the reference."""
+    """Makes an operator on a CPU also call the Triton launcher; the reference gives the result."""
     compute = getattr(reference, name)
 
     def both(*args: Any) -> Any:
@@ -47,7 +47,7 @@ def launch_as_well(name: str, launch: Callable[..., Any]) -> None:
 
 
 def new_keys(run: Callable[[], Any]) -> list[str]:
-    """The kernels that get a key during a run that they did not have."""
+    """The kernels that get a new key during a run."""
     before = set(keys)
     run()
     return sorted(name for name, _ in keys - before)
@@ -56,7 +56,7 @@ def new_keys(run: Callable[[], Any]) -> list[str]:
 def count_in_engine(
     serve: Serve, scratch: Path, d: int, r: int, drop_layers: list[int], **adapter: Any
 ) -> dict[str, list[str]]:
-    """Compilations of an engine: at its start, then with batches of 1 to MAX_REQUESTS requests."""
+    """Compilations of an engine, at its start and for batches of 1 to MAX_REQUESTS requests."""
     from transformers import LlamaConfig
 
     model = scratch / "model"
@@ -81,7 +81,7 @@ def count_in_engine(
             max_num_seqs=MAX_REQUESTS,
             max_num_batched_tokens=128,  # prompts come in chunks
         )
-        engine.runner.profile_run()  # a GPU worker does so for its memory
+        engine.runner.profile_run()  # a GPU worker does this to measure its memory
 
     def run_requests() -> None:
         assert serve.engine is not None
@@ -93,7 +93,7 @@ def count_in_engine(
 
 
 def count_in_run(layers: int, d: int, r: int) -> dict[str, list[str]]:
-    """Compilations of a run of layers of a real size: warm-up, then every number of rows."""
+    """Compilations of a run of layers of a real size, in warm-up and for every number of rows."""
     from lora_drop_vllm.config import resolve
     from lora_drop_vllm.engine.drop_layer import DropRun
     from lora_drop_vllm.method.adapter import BaseModel
@@ -115,7 +115,7 @@ def count_in_run(layers: int, d: int, r: int) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Count, print one JSON line."""
+    """Counts the compilations and prints one JSON line."""
     triton.runtime.driver.set_active(build_kernels.stand_in(90))
     triton.knobs.runtime.jit_cache_hook = note_and_skip
     for kernel, launcher in ops.triton_kernels().items():

@@ -1,4 +1,4 @@
-"""How Triton multiplies fp32 for an H100 in the tests' environment: prints `tf32` or `ieee`."""
+"""Prints how Triton multiplies fp32 for an H100 in the tests' environment: `tf32` or `ieee`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _dot_kernel(a_ptr, b_ptr, out_ptr):
 
 
 def main() -> None:
-    """Compile a product of two fp32 tiles and look at its code."""
+    """Compiles a product of two fp32 tiles and inspects its code."""
     driver = stand_in(90)
     triton.runtime.driver.set_active(driver)
     source = ASTSource(_dot_kernel, dict.fromkeys(("a_ptr", "b_ptr", "out_ptr"), "*fp32"))

@@ -1,7 +1,7 @@
-"""vLLM's real scheduler and block pool under our hook, with books in the place of a model.
+"""vLLM's real scheduler and block pool under our hook, with books instead of a model.
 
-The runner of these engines computes nothing: it writes down, slot by slot, what a model would have
-written into each KV block, and holds every plan to a second statement of the rules.
+The runner of these engines computes nothing. It records, slot by slot, what a model would write
+into each KV block, and checks every plan against a second statement of the rules.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ EOS = 2
 
 @dataclass
 class Books:
-    """What the runner knows of one request.
+    """The runner's record of one request.
 
     Attributes:
-        tokens: prompt and all that was sampled
+        tokens: prompt and all sampled tokens
         chain: identity of the tokens up to each position
         prompt_end: positions below it are computed as a prompt
         written: per KV group, the identities of the tokens in the request's list
-        deferred: steps that the request was kept waiting for a full one
+        deferred: steps that the request waited for a full step
     """
 
     tokens: list[int]
@@ -43,14 +43,14 @@ class Books:
     deferred: int = 0
 
     def identify(self, end: int) -> None:
-        """Extend `chain` to positions below `end`."""
+        """Extends `chain` to positions below `end`."""
         for t in range(len(self.chain), end):
             before = self.chain[-1] if self.chain else 0
             self.chain.append(hash((before, self.tokens[t])))
 
 
 def next_token(chain: int) -> int:
-    """Sampled after the tokens that `chain` stands for: few tokens, now and then the end."""
+    """The token sampled after the tokens of `chain`: one of a few, now and then the end."""
     return EOS if chain % 61 == 0 else 3 + chain % 3
 
 
@@ -58,11 +58,11 @@ class DryEngine:
     """An engine core whose steps keep books.
 
     Attributes:
-        sent: what each request's client got so far
-        kinds: of the steps so far
-        num_preemptions, num_cached: seen so far
-        num_deferred, num_prompted: steps so far that kept a prompt waiting, that computed one
-        longest_wait: steps that a prompt may be kept waiting
+        sent: tokens that each request's client got so far
+        kinds: kinds of the steps so far
+        num_preemptions, num_cached: preemptions and cached tokens so far
+        num_deferred, num_prompted: steps so far that deferred a prompt, and that computed one
+        longest_wait: steps that a prompt may wait, at most
     """
 
     def __init__(self, vllm_config: Any, setup: Setup) -> None:
@@ -104,9 +104,9 @@ class DryEngine:
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
 
     def step(self, wait: bool = False) -> None:
-        """Schedule and run a step; its output comes at once, or async when the next one runs.
+        """Schedules and runs a step; its output comes at once, or async when the next one runs.
 
-        `wait` makes an asynchronous engine's output come at once, too.
+        With `wait`, an asynchronous engine's output also comes at once.
         """
         before = self.waiting()
         output = self.scheduler.schedule()
@@ -122,11 +122,11 @@ class DryEngine:
             del self.books[name]
 
     def waiting(self) -> set[str]:
-        """Requests that no step has taken yet, or that were preempted."""
+        """Requests that no step has run yet, and preempted requests."""
         return self.books.keys() - {request.request_id for request in self.scheduler.running}
 
     def _check_deferral(self, names: set[str], output: Any) -> None:
-        """The rule about prompts that wait, in a step that left these out."""
+        """Checks the rule about waiting prompts, in a step that left these out."""
         assert self.setup.prompts == "wait"
         assert output.num_scheduled_tokens or output.preempted_req_ids, "nobody decodes"
         short = all(len(self.books[r.req_id].tokens) == 1 for r in output.scheduled_new_reqs)
@@ -155,7 +155,7 @@ class DryEngine:
         return ModelRunnerOutput(names, {n: i for i, n in enumerate(names)}, sampled)
 
     def _take_over(self, output: Any) -> dict[str, int]:
-        """Block tables as a runner would keep them; returns each request's first position."""
+        """Updates block tables as a runner does; returns each request's first position."""
         at = {}
         for new in output.scheduled_new_reqs:
             at[new.req_id] = new.num_computed_tokens
@@ -174,7 +174,7 @@ class DryEngine:
         return at
 
     def _start(self, name: str, hit: int, blocks: Any) -> None:
-        """(Re)start a request behind a prefix hit: from here on all it has is a prompt."""
+        """(Re)starts a request after a prefix hit; all tokens that it has become its prompt."""
         books = self.books[name]
         books.tokens = list(self.scheduler.requests[name].all_token_ids)
         books.prompt_end, books.phase, books.computed = len(books.tokens), 0, hit
@@ -211,7 +211,7 @@ class DryEngine:
         assert books.phase <= books.k, "more than k LoRA steps in a row"
 
     def _attend(self, books: Books) -> list[int]:
-        """Read the request's lists, all writes of the step done, and sample if there is a next."""
+        """Reads the request's lists after all writes of the step; samples if a token is due."""
         for group, written in enumerate(books.written):
             size = self.setup.group_sizes[group]
             slots = [slot for block in books.table[group] for slot in self.memory[block][:size]]
@@ -226,7 +226,7 @@ class DryEngine:
         return books.tokens[-1:]
 
     def finish(self, each: Callable[[], None] = lambda: None) -> None:
-        """Run until every request has ended, and `each` after every step."""
+        """Runs until every request has ended, and calls `each` after every step."""
         for _ in range(50 + 200 * len(self.books)):
             if not self.busy:
                 return

@@ -1,4 +1,4 @@
-"""vLLM's real scheduler and block pool under our hook, as an engine core would build them."""
+"""vLLM's real scheduler and block pool under our hook, as an engine core builds them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lora_drop_vllm.engine.scheduler import LoRADropScheduler
 
 @dataclass(frozen=True)
 class Setup:
-    """One engine: the settings of LoRA-Drop, the pool, and vLLM's scheduler."""
+    """The settings of one engine: LoRA-Drop, the pool, and vLLM's scheduler."""
 
     kv: str
     k: int
     block_sizes: tuple[int, int]  # tokens per block of the always-on and of the drop layers
-    spare_blocks: int  # beyond what one request of max_model_len takes
+    spare_blocks: int  # more than one request of max_model_len needs
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -52,7 +52,7 @@ class Setup:
 
 
 class _Throttled(AsyncScheduler):
-    """vLLM's part, which notes what our hook asks of it."""
+    """vLLM's scheduler, which records the calls of our hook."""
 
     deferred = False
 
@@ -64,11 +64,11 @@ class _Throttled(AsyncScheduler):
 
 
 class WatchedScheduler(LoRADropScheduler, _Throttled):
-    """Our scheduler; `deferred` says whether vLLM put off the prompts of the step at hand."""
+    """Our scheduler; `deferred` is true if vLLM deferred the prompts of the current step."""
 
 
 def prepare(model: Path) -> Any:
-    """vLLM's config of a model served with LoRA-Drop, and what an engine core does but once."""
+    """vLLM's config of a model served with LoRA-Drop; also does an engine core's one-time setup."""
     config = EngineArgs(
         str(model),
         model_impl="lora_drop",
@@ -82,7 +82,7 @@ def prepare(model: Path) -> Any:
 
 
 def make_scheduler(vllm_config: Any, setup: Setup) -> tuple[Any, Any]:
-    """The scheduler an engine core would build, and its hasher of token blocks."""
+    """The scheduler that an engine core would build, and its hasher of token blocks."""
     config = copy.copy(vllm_config)
     config.model_config = copy.copy(config.model_config)
     config.scheduler_config = copy.copy(config.scheduler_config)

@@ -1,6 +1,6 @@
-"""The process that tests run in: offline, one process, interpreted Triton where there is no GPU.
+"""The tests' process: offline, a single process, interpreted Triton if there is no GPU.
 
-Imported before anything imports vLLM or a kernel.
+It must be imported before vLLM or a kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
-# attention in fp32 is held to an oracle in fp32; Triton would multiply in tf32, 1e-3 apart
+# the tests compare fp32 attention with an fp32 oracle; Triton would use tf32, which is 1e-3 off
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"

@@ -10,13 +10,13 @@ from typing import Any
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Speaks the part of the API that is asked for; counts steps as a server with k = 3 would.
+    """Speaks the part of the API that callers use; counts steps like a server with k = 3.
 
     Attributes:
-        say: what is answered to a prompt, by whether k = 0; a ValueError is a bad request
-        lora_steps: how many are counted for an answer, by whether k = 0 and its tokens
+        say: gives the answer to a prompt, given k == 0; a ValueError means a bad request
+        lora_steps: gives the LoRA steps of an answer, given k == 0 and its number of tokens
         asked: the bodies of all requests, in order
-        overlapped: whether one with k = 0 ran beside another
+        overlapped: true if a request with k = 0 ran beside another
     """
 
     def __init__(self, say: Callable[[str, bool], str]) -> None:
@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/metrics":
-            lines = [  # of two engines
+            lines = [  # two engines
                 f'vllm:lora_drop_{name}_total{{engine="{n}",model_name="fake"}} {float(part)}\n'
                 for name, value in self.server.steps.items()
                 for n, part in enumerate((value // 2, value - value // 2))

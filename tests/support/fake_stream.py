@@ -13,31 +13,31 @@ from fake_server import FakeServer, Handler
 
 K = 3
 MAX_LEN = 512
-# like vLLM's: probabilities of the best five, and of any other token that stands in a prompt
+# like vLLM's: probabilities of the best five, and of any other token in a prompt
 TOP = (0.6, 0.2, 0.1, 0.05, 0.02)
 OTHER = 0.001
 
 
 def kinds_of(k: int, tokens: int) -> str:
-    """Letters of a lone answer's steps."""
+    """The letters of the steps of a lone answer."""
     return "".join("L" if n % (k + 1) else "F" for n in range(tokens))
 
 
 class StreamingFake(FakeServer):
-    """Says the same tokens to everybody, a chunk each; ids are places in `words`.
+    """Sends the same tokens to every client, one per chunk; ids are places in `words`.
 
     Attributes:
-        words: the vocabulary; the first five are the base model's best, in this order, always
-        tokens: what is said, as ids
-        together: tokens of each chunk, where they are not one each
+        words: the vocabulary; the first five are always the base model's best, in this order
+        tokens: ids of the answer's tokens
+        together: tokens of each chunk, if not one each
         pause: seconds before each chunk
-        refusal: the message of a 400, when not empty
+        refusal: the message of a 400, if not empty
         cut_after: chunks after which the connection breaks
         gone: every connection breaks at once
-        tells: whether it tells the kinds of its steps
-        headers: of each request, in order, names in lower case
-        hung_up: set when a client left in the middle of an answer
-        info: labels of the gauge that says what is served; None leaves it out
+        tells: true if the server tells the kinds of its steps
+        headers: headers of each request, in order, names in lower case
+        hung_up: set after a client left during an answer
+        info: labels of the gauge that names the served model; None leaves the gauge out
     """
 
     def __init__(self, words: list[str], tokens: list[int]) -> None:
@@ -46,7 +46,7 @@ class StreamingFake(FakeServer):
         self.reset(words, tokens)
 
     def reset(self, words: list[str], tokens: list[int]) -> None:
-        """As new, but for the counters."""
+        """Resets everything but the counters."""
         self.words, self.tokens = words[:], tokens[:]
         self.together: list[tuple[int, ...]] = []
         self.pause = 0.0
@@ -69,7 +69,7 @@ class StreamingFake(FakeServer):
         }
 
     def answer(self, body: dict[str, Any], send: Callable[[Any], None]) -> None:
-        """Stream the answer, count its steps."""
+        """Streams the answer and counts its steps."""
         chat = "messages" in body
         kinds = kinds_of(body["vllm_xargs"]["lora_drop_k"], len(self.tokens))
         if chat:
@@ -100,7 +100,7 @@ class StreamingFake(FakeServer):
         return {"id": "0", "object": "chunk", "created": 0, "model": "fake", "choices": [choice]}
 
     def scored(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A prompt's log-probabilities: those of the best five and of its own token."""
+        """The log-probabilities of a prompt: those of the best five and of its own token."""
         entries: list[Any] = [None]
         for token in body["prompt"][1:]:
             ids = [*range(len(TOP)), *([token] if token >= len(TOP) else [])]

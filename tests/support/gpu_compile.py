@@ -1,9 +1,8 @@
-"""What a GPU compiles, compiled on a CPU.
+"""GPU compilation of a model, on a CPU.
 
 vLLM's CPU platform turns its own backend (`VLLM_COMPILE`) into one plain trace. Here the platform
-keeps the mode, so that the model goes through what runs on a GPU: the graph split at attention,
-one Inductor graph per piece, the post-grad passes, and the cache on disk. CUDA graphs are the only
-part left out.
+keeps the mode, so the model passes all stages of a GPU: the graph split at attention, one Inductor
+graph per piece, the post-grad passes, and the cache on disk. Only CUDA graphs are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _LIBRARIES: list[Any] = []  # operators live as long as their library
 
 
 def keep_vllm_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let engines that start from here on compile as on a GPU."""
+    """Makes engines that start from now on compile as on a GPU."""
     from vllm.platforms import current_platform
 
     platform = type(current_platform)
@@ -39,7 +38,7 @@ def keep_vllm_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         update(cls, vllm_config)
         for name, value in kept.items():
             setattr(compilation, name, value)
-        compilation.compile_sizes = []  # as where graph sizes are worked out
+        compilation.compile_sizes = []  # as if the platform computed graph sizes
 
     monkeypatch.setattr(platform, "check_and_update_config", classmethod(check_and_update_config))
 
@@ -55,7 +54,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
 
 
 def _declare_what_the_passes_name() -> None:
-    """Declare the CUDA operators that a pass compares with; CPU builds lack them."""
+    """Declares the CUDA operators that a pass compares with; CPU builds lack them."""
     from vllm.compilation.passes.utility import fix_functionalization
 
     if _LIBRARIES:

@@ -1,4 +1,4 @@
-"""Kernels under test, sizes, launches, and memory in which a wrong read or write shows."""
+"""Kernels under test, sizes, launches, and memory that exposes a wrong read or write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOL: dict[torch.dtype, dict[str, float]] = {
     torch.bfloat16: dict(rtol=1e-2, atol=1e-2),
 }
 SIZES = [(1, 64, 4), (19, 100, 16), (3, 577, 1), (5, 96, 128), (2, 1024, 17)]  # T, d, r
-RULES = {  # beta, whether there is a state, whether it is written back
+RULES = {  # beta, has a state, writes it back
     "previous": (0.0, True, True),
     "anchor": (0.0, True, False),
     "update": (1.0, True, False),
@@ -45,7 +45,7 @@ FRAME = 64
 
 
 def with_rules(*axes: Any) -> list[Any]:
-    """All combinations of the axes; the rules take turns."""
+    """All combinations of the axes; the rules alternate."""
     return [(*case, rule) for case, rule in zip(product(*axes), cycle(RULES))]
 
 
@@ -95,7 +95,7 @@ def one_layer(given: dict[str, Any]) -> dict[str, Any]:
 def with_update(
     given: dict[str, Any], scale: float = 0.5, beta: float = 1.0, writes_back: bool = False
 ) -> dict[str, Any]:
-    """A kernel's arguments, with A and B as part of an update."""
+    """The arguments of a kernel, with A and B as part of an update."""
     rest = {name: value for name, value in given.items() if name not in ("A", "B")}
     return rest | {"update": Update(given["A"], given["B"], scale, beta, writes_back)}
 

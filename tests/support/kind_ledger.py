@@ -1,4 +1,4 @@
-"""A second account of which kind of step sampled each token, held against what clients are told."""
+"""A second record of the step kind that sampled each token, compared with what clients get."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 
 class KindLedger:
-    """Follows a dry engine, whose every request then asks for the kinds of its steps.
+    """Follows a dry engine; each of its requests then asks for the kinds of its steps.
 
-    Kept by position: a token whose output was thrown away at preemption is sampled again, and only
-    the last step that sampled it counts.
+    The record is kept by position. A token that preemption discarded is sampled again; only the
+    last step that sampled it counts.
 
     Attributes:
-        told: what each request's client was told, one letter a token
+        told: the kinds that each request's client got, one letter per token
     """
 
     def __init__(self, engine: Any) -> None:
@@ -51,7 +51,7 @@ class KindLedger:
         return outputs
 
     def _receive(self, output: Any) -> None:
-        """An output as its client gets it: right about every token so far."""
+        """Checks an output as its client gets it: it is right about every token so far."""
         name = output.request_id
         start = self._prompt_end[name]
         end = start + len(self.told[name]) + len(output.new_token_ids)

@@ -1,7 +1,7 @@
 """An independent implementation of the method: plain PyTorch on the Hugging Face model.
 
-Token by token, request by request, without vLLM and without this package's own maths, so that the
-served engine can be held to it.
+It runs token by token and request by request, without vLLM and without this package's own maths.
+The tests compare the served engine with it.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ class Oracle:
 
     @torch.no_grad()
     def prompt(self, tokens: list[int]) -> None:
-        """Compute all tokens as a prompt (also: recompute after a preemption) and sample one."""
+        """Computes all tokens as a prompt (also after a preemption) and samples one."""
         self._forget()
         self.tokens = list(tokens)
         self._sample(self._full(range(len(tokens))))
 
     @torch.no_grad()
     def step(self, kind: str) -> None:
-        """Run the last sampled token through a step of the given kind and sample the next."""
+        """Runs the last sampled token through a step of the given kind and samples the next."""
         t = len(self.tokens) - 1
         self._sample(self._full([t]) if kind == "full" else self._lora(t))
         self.phase = 0 if kind == "full" else self.phase + 1
 
     def decode(self, prompt: list[int], count: int) -> list[int]:
-        """A lone request: the prompt, k LoRA steps, a refresh, and so on."""
+        """Decodes a lone request: the prompt, k LoRA steps, a refresh, and so on."""
         self.prompt(prompt)
         while len(self.tokens) < len(prompt) + count:
             self.step("full" if self.phase >= self.settings.k else "lora")
@@ -165,10 +165,10 @@ class Oracle:
 
 
 class Forced(Oracle):
-    """The oracle on given tokens, with gradients where the settings' tensors want them."""
+    """The oracle on given tokens, with gradients if the settings' tensors require them."""
 
     def logits_of(self, tokens: list[int], full: list[bool]) -> Tensor:
-        """Logits [T, vocabulary]; `full` names the kind of step of each token."""
+        """Logits [T, vocabulary]; `full` is true for each token of a full step."""
         self._forget()
         self.tokens = tokens
         x = torch.stack([self._full([t]) if full[t] else self._lora(t) for t in range(len(tokens))])

@@ -17,7 +17,7 @@ FAMILIES = ("llama", "qwen2", "qwen2_tied")
 
 
 def make_model(folder: Path, family: str, num_layers: int = 8) -> Path:
-    """Save a random model whose argmax is far from ties; returns its folder."""
+    """Saves a random model whose argmax is far from ties; returns its folder."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(7)
@@ -84,7 +84,7 @@ def make_adapter(
     r: int = 4,
     seed: int = 0,
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Save a random adapter with non-zero B and uneven gates; returns its config and tensors."""
+    """Saves a random adapter with non-zero B and uneven gates; returns its config and tensors."""
     from transformers import AutoConfig
 
     base = AutoConfig.from_pretrained(model)

@@ -1,4 +1,4 @@
-"""What the tensor-parallel test asks of each worker process."""
+"""The tensor-parallel test's probe in each worker process."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 class Probe:
-    """Mixed into the workers by `worker_extension_cls`."""
+    """A class that `worker_extension_cls` mixes into the workers."""
 
     model_runner: Any
 
     def watch_collectives(self) -> None:
-        """Count all-reduces by kind of step from now on."""
+        """Counts all-reduces by kind of step from now on."""
         from vllm.distributed import get_tp_group
 
         group = get_tp_group()
@@ -25,7 +25,7 @@ class Probe:
         group._all_reduce_out_place = counting
 
     def witness(self) -> dict[str, Any]:
-        """Steps and all-reduces by kind, and whether the states are those of the other worker."""
+        """Steps and all-reduces by kind, and the sum of the states, to compare the workers."""
         step = self.model_runner.model.lora_drop
         return {
             "steps": {kind.value: n for kind, n in step.counts.items()},

@@ -1,4 +1,4 @@
-"""Training runs of the tests, compared."""
+"""Comparison of the tests' training runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_equal(folder: Path, other: Path) -> None:
-    """Same adapter, same optimizer, same log but for the speed."""
+    """Asserts the same adapter, optimizer and log, except for the speed."""
     a, b = tensors_of(folder), tensors_of(other)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert (folder / FILE).read_bytes() == (other / FILE).read_bytes()
