@@ -81,7 +81,8 @@ def start_engine(model: str, batch: int, context: int) -> OfflineEngine:
     Raises:
         RuntimeError: vLLM is not installed.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # else pages of it around the progress
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else pages of it around the progress
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a kill leaves no process behind
     if importlib.util.find_spec("vllm") is None:
         raise RuntimeError("generate: needs vLLM, which is not installed; see the README")
     import torch
