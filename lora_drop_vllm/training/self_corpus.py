@@ -38,7 +38,7 @@ def self_corpus(model: str) -> Path:
         say(f"--corpus self: the model writes {COUNT} conversations to {path}, once")
         command = [sys.executable, "-m", "lora_drop_vllm.cli", "generate", model]
         command += ["--out", str(path), "--count", str(COUNT)]
-        if subprocess.run(command, stdout=sys.stderr).returncode:
+        if subprocess.run(command, stdout=2).returncode:  # 2: sys.stderr may be no file
             raise RuntimeError(
                 f"--corpus self: `{' '.join(command[1:])}` failed, see above; run it again to "
                 "resume, or name another corpus"

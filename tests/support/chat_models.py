@@ -59,7 +59,7 @@ def make_chat_model(folder: Path, family: str, template: str | None = None) -> P
     model.model.embed_tokens.weight.data[:, 0] = 5.0
     bias = torch.full((tiny.VOCAB,), -30.0)
     bias[letters] = 0.0
-    bias[tokenizer.eos_token_id] = 1.0
+    bias[tokenizer.eos_token_id] = -2.0
     model.lm_head.weight.data[:, 0] = bias
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -164,7 +164,7 @@ def test_a_model_that_says_nothing_useful_is_given_up(chat_model: str, tmp_path:
 def test_another_runs_file_is_left_alone(chat_model: str, tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     made(chat_model, out, count=5)
-    with pytest.raises(ValueError, match=r"a\.jsonl: made with turns 3, not 2; go on with"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: made with turns 3, not 2; resume it with"):
         made(chat_model, out, Generation(turns=2, max_tokens=64))
     other = str(make_chat_model(tmp_path / "model", "qwen2", "smollm2"))
     with pytest.raises(ValueError, match="made with digest"):

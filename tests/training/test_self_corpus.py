@@ -139,7 +139,15 @@ def test_the_engine_continues_as_asked(smooth_model: Path, monkeypatch: pytest.M
         stop = Request(prompt, 24, 0, stop=(want[5],))
         (stopped,) = engine([stop])
         assert stopped.tokens == want[: want.index(want[5])] and stopped.end == "stop"
-        (loop,) = engine([Request([7] * 9, 99, 0)])
+        sampling = offline_generation._sampling
+
+        def one_word(request: Request) -> Any:
+            found = sampling(request)
+            found.allowed_token_ids = [7]
+            return found
+
+        monkeypatch.setattr(offline_generation, "_sampling", one_word)
+        (loop,) = engine([Request(prompt, 99, 0)])
         assert loop.end == "repetition" and len(loop.tokens) < 99
         assert engine.facts["device"] == "cpu" and engine.facts["dtype"] == "float32"
     finally:

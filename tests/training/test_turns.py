@@ -1,4 +1,4 @@
-"""Where a template's turns go, which sampled turns are sound, and prompts from files."""
+"""Turns: their place in a template, the faults of sampled ones, and prompts from files."""
 
 from __future__ import annotations
 
