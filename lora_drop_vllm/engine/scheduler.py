@@ -36,8 +36,8 @@ PLAN_ATTRIBUTE = "lora_drop"  # on every SchedulerOutput; pickled to the workers
 class LoRADropScheduler(AsyncScheduler):
     """vLLM's scheduler, plus the cycle of full and LoRA steps.
 
-    What is scheduled is vLLM's own decision, and the kind of the step follows from it. Only when
-    prompts are scheduled is asked of `method/schedule.py` first (`prompts: wait`).
+    vLLM decides what is scheduled, and the kind of the step follows from it. `method/schedule.py`
+    only decides beforehand whether prompts wait (`prompts: wait`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -61,7 +61,7 @@ class LoRADropScheduler(AsyncScheduler):
             allow_partial_prefix_hits(self.kv_cache_manager.coordinator)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """Schedule a step; prompts are deferred to the next full step where that is asked for."""
+        """Schedules a step; under `prompts: wait`, prompts are deferred to the next full step."""
         self._defers = self._prompts_wait()
         output = super().schedule(throttle_prefills or self._defers)
         if self._defers:
@@ -117,7 +117,7 @@ class LoRADropScheduler(AsyncScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """vLLM's outputs, with the kind of their step aboard for requests that asked."""
+        """vLLM's outputs; requests that asked also get the kind of their step."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         plan: StepPlan = getattr(scheduler_output, PLAN_ATTRIBUTE)
         self.step_kinds.report(outputs, plan.kind, self.requests)
@@ -126,8 +126,8 @@ class LoRADropScheduler(AsyncScheduler):
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """vLLM's prefix hit; none for a prompt that has to wait or can never copy a shared block.
 
-        Where all but the last token is found, vLLM would schedule it with the decodes even in a
-        step that defers prompts. A hit that ends inside a block takes one block more than the
+        If all but the last token is found, vLLM would schedule it with the decodes even in a step
+        that defers prompts. A hit that ends inside a block takes one block more than the
         request itself, for good when the pool was made for one request of this length.
         """
         no_hit = self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False

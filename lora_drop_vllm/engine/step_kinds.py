@@ -1,15 +1,15 @@
-"""The kind of the step that gave each token, for requests that ask for it.
+"""Kind of the step that gave each token, for requests that ask for it.
 
 A request asks by `"vllm_xargs": {"lora_drop_steps": 1}`. In a streamed answer of the chat and the
-completions route each choice then has `lora_drop_steps` beside its `token_ids`, one letter a token:
-F for a full step, L for a LoRA step. An answer that is not streamed, and the Python API's
+completions route each choice then has `lora_drop_steps` beside its `token_ids`, one letter per
+token: F for a full step, L for a LoRA step. An answer that is not streamed, and the Python API's
 `RequestOutput`, have all letters under the same name in `kv_transfer_params`.
 
-The scheduler knows the kind of a step when its outputs come back, so asynchronous scheduling and
-preemption need no care. The letters ride in `EngineCoreOutput.kv_transfer_params`, a dict for
-connectors, which LoRA-Drop refuses; vLLM hands it to the API server that has the request, however
-many servers and engines there are. Of several outputs vLLM may keep the last dict only, so each
-carries the letters of all tokens so far.
+The scheduler still has the plan of a step when its outputs come back, so asynchronous scheduling
+and preemption need no special case. The letters travel in `EngineCoreOutput.kv_transfer_params`, a
+dict for connectors, which LoRA-Drop refuses. vLLM hands it to the API server that has the request,
+however many servers and engines there are. If vLLM merges several outputs, it keeps the last dict
+only; each therefore carries the letters of all tokens so far.
 
 Patches `chat_completion_stream_generator` and `completion_stream_generator`, in the API server's
 process and for requests that ask. Reason: streamed chunks have no field that a plugin may fill.
@@ -46,14 +46,14 @@ def asked(extra_args: Mapping[str, Any] | None) -> bool:
 
 
 def check(params: SamplingParams, config: LoRADropConfig) -> None:
-    """Refuses a request that asks for what it cannot be told.
+    """Refuses a request that asks for what this server cannot report.
 
     Raises:
         ValueError: naming the parameter and the way out.
     """
     value = (params.extra_args or {}).get(FIELD, 0)
     if value not in (0, 1):
-        raise ValueError(f"vllm_xargs.{FIELD}={shown(value)}: expected 1 (tell me) or 0.")
+        raise ValueError(f"vllm_xargs.{FIELD}={shown(value)}: expected 1 (report the steps) or 0.")
     if value and not config.active:
         raise ValueError(
             f"vllm_xargs.{FIELD}=1: LoRA-Drop is off on this server (k=0, or no drop layer), so "
@@ -76,17 +76,17 @@ class StepKinds:
         return len(self._letters)
 
     def watch(self, request: Request) -> None:
-        """Start with a request that asks; one that comes back after preemption goes on."""
+        """Starts with a request that asks; a preempted one keeps its letters."""
         if request.sampling_params and asked(request.sampling_params.extra_args):
             self._letters.setdefault(request.request_id, "")
 
     def report(
         self, outputs: Mapping[int, EngineCoreOutputs], kind: StepKind, alive: Container[str]
     ) -> None:
-        """Put the letters aboard the outputs of one step; forget the requests that ended.
+        """Adds the letters to the outputs of one step, and forgets the requests that ended.
 
         Args:
-            outputs: of the step, by client
+            outputs: outputs of the step, by client
             alive: ids of the requests that the scheduler still has
         """
         if not self._letters:
@@ -102,7 +102,7 @@ class StepKinds:
 
 
 class _Chunks:
-    """One streamed answer: takes letters from the engine's outputs to the chunks."""
+    """Letters of one streamed answer, from the engine's outputs to the chunks."""
 
     def __init__(self, request: Any) -> None:
         self.choices_per_prompt = request.n or 1
@@ -110,7 +110,7 @@ class _Chunks:
         self.pending: defaultdict[int, str] = defaultdict(str)
 
     async def watch(self, results: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """Pass the results on; those of the completions route come with their prompt's number."""
+        """Passes the results on; in the completions route each comes with its prompt's number."""
         async for item in results:
             prompt, result = item if isinstance(item, tuple) else (0, item)
             letters = (result.kv_transfer_params or {}).get(FIELD, "")
@@ -133,7 +133,7 @@ class _Chunks:
 
 
 def streaming(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A route's stream generator that tells requests that ask the kinds of their steps."""
+    """A route's stream generator that reports the kinds of the steps to requests that ask."""
     signature = inspect.signature(original)
 
     async def labelled(chunks: _Chunks, *args: Any, **kwargs: Any) -> AsyncGenerator[str, None]:
@@ -155,7 +155,7 @@ def streaming(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Label the streams of this process's HTTP server, if any; calling it twice is harmless."""
+    """Labels the streams of this process's HTTP server, if any; calling it twice is harmless."""
     if ENTRY not in sys.modules:
         return
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
