@@ -41,11 +41,21 @@ def test_requests_compile_nothing() -> None:
 @pytest.mark.skipif(not V2, reason="a warm-up of Model Runner V2")
 @pytest.mark.parametrize("kv", ["skip", "write"])
 def test_vllms_warm_up_runs_before_requests(
-    serve: Serve, models: dict[str, Path], hf_models: dict[str, Any], tmp_path: Path, kv: str
+    serve: Serve,
+    models: dict[str, Path],
+    hf_models: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kv: str,
 ) -> None:
     """A GPU's worker runs steps of its own making, without a plan of ours."""
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
     from vllm.v1.worker.gpu.warmup import warmup_kernels
 
+    # the interpreter cannot run vLLM's own kernels of grammars and of top-k and top-p
+    monkeypatch.setattr(StructuredOutputsWorker, "apply_grammar_bitmask", lambda *args: None)
+    monkeypatch.setattr(SamplingParams, "for_sampler_warmup", lambda: SamplingParams(temperature=0))
     config, tensors = make_adapter(tmp_path, models["llama"], drop_layers=[3, 4, 6], kv=kv)
     engine = serve(models["llama"], {"adapter": str(tmp_path)}, max_num_seqs=4)
     worker = engine.llm.llm_engine.model_executor.driver_worker.worker
