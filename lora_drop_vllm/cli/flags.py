@@ -84,6 +84,13 @@ def evaluate_flags(parser: ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help=MODEL)
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder")
     flag(parser, evaluate, "text", "UTF-8 text for perplexity, KL and agreement", type=Path)
+    flag(
+        parser,
+        evaluate,
+        "chat",
+        "JSON lines of conversations (`messages`), whose replies are measured likewise",
+        type=Path,
+    )
     parser.add_argument(
         "--tasks",
         default="",
@@ -95,7 +102,7 @@ def evaluate_flags(parser: ArgumentParser) -> None:
         parser,
         evaluate,
         "limit",
-        "windows of the text, and questions of each task, at most (default: all)",
+        "windows of the text, replies, and questions of each task, at most (default: all)",
         type=positive,
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")

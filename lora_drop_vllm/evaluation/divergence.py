@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from lora_drop_vllm.decode.decoder import TOKENS_AT_ONCE, ForcedDecoder
@@ -31,7 +33,6 @@ class Divergence:
     agreement: float
 
 
-@torch.no_grad()
 def perplexity(
     decoder: ForcedDecoder, windows: Tensor, prompt: int, k: int
 ) -> dict[str, Divergence]:
@@ -44,20 +45,51 @@ def perplexity(
         prompt: tokens at the start of a window that run as its prompt
         k: LoRA steps between two full steps
     """
+    return on_sequences(decoder, [(window, prompt) for window in windows.tolist()], k)
+
+
+@torch.no_grad()
+def on_sequences(
+    decoder: ForcedDecoder, sequences: Sequence[tuple[Sequence[int], int]], k: int
+) -> dict[str, Divergence]:
+    """`perplexity`, for sequences of any lengths, such as chat replies.
+
+    Args:
+        sequences: tokens, and how many of them are the prompt
+        k: LoRA steps between two full steps
+    """
     sums = {kind: torch.zeros(5, dtype=torch.float64) for kind in ("all", "full", "lora")}
-    for part in tqdm(windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])), desc="Text"):
-        schedule = Schedule.of(rows([part.shape[1]] * len(part)).to(part.device), prompt, k)
-        hidden, base = decoder.hidden_and_base(part, schedule)
-        for n in range(len(part)):  # the vocabulary is wide: one window's logits at a time
+    for part in tqdm(_batches(sequences), desc="Text"):
+        lengths = [len(tokens) for tokens, _ in part]
+        prompts = [prompt for _, prompt in part]
+        device = decoder.model.device
+        tokens = pad_sequence([torch.tensor(list(t)) for t, _ in part], batch_first=True).to(device)
+        schedule = Schedule.of(rows(lengths).to(device), torch.tensor(prompts), k)
+        hidden, base = decoder.hidden_and_base(tokens, schedule)
+        # the vocabulary is wide: one sequence's logits at a time
+        for n, (length, prompt) in enumerate(zip(lengths, prompts)):
+            after = slice(prompt, length - 1)
             measures = _measures(
-                decoder.logits(hidden[n, prompt:-1]),
-                decoder.logits(base[n, prompt:-1]),
-                part[n, prompt + 1 :],
+                decoder.logits(hidden[n, after]),
+                decoder.logits(base[n, after]),
+                tokens[n, prompt + 1 : length],
             )
-            lora = schedule.lora[n, prompt:-1]
+            lora = schedule.lora[n, after]
             for kind, own in (("all", torch.ones_like(lora)), ("full", ~lora), ("lora", lora)):
                 sums[kind] += measures[own].sum(0).cpu()
     return {kind: _divergence(total) for kind, total in sums.items() if total[0] > 0}
+
+
+def _batches(
+    sequences: Sequence[tuple[Sequence[int], int]],
+) -> list[list[tuple[Sequence[int], int]]]:
+    """Sequences of like length together, in batches of bounded size."""
+    found: list[list[tuple[Sequence[int], int]]] = []
+    for one in sorted(sequences, key=lambda s: -len(s[0])):  # the longest first
+        if not found or (len(found[-1]) + 1) * len(found[-1][0][0]) > TOKENS_AT_ONCE:
+            found.append([])
+        found[-1].append(one)
+    return found
 
 
 def _measures(logits: Tensor, base_logits: Tensor, targets: Tensor) -> Tensor:

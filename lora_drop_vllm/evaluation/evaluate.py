@@ -21,12 +21,13 @@ from torch import Tensor
 from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.pretrained import open_model
 from lora_drop_vllm.decode.trainable import Adapter
-from lora_drop_vllm.evaluation.divergence import perplexity
+from lora_drop_vllm.evaluation.divergence import on_sequences, perplexity
 from lora_drop_vllm.evaluation.gsm8k import gsm8k
 from lora_drop_vllm.evaluation.human_eval import human_eval
 from lora_drop_vllm.evaluation.report import (
     PROMPT,
     WINDOW,
+    ChatResult,
     EvaluateResult,
     ServedDecoding,
     TextResult,
@@ -44,6 +45,8 @@ from lora_drop_vllm.evaluation.tasks import (
 )
 from lora_drop_vllm.method.adapter import load_tensors, read_config
 from lora_drop_vllm.server_process import Endpoint, Server
+from lora_drop_vllm.training.chat import Reply
+from lora_drop_vllm.training.corpus import read_corpus
 
 DEFAULT_DECODING = Decoding()
 
@@ -53,6 +56,7 @@ def evaluate(
     adapter: str | Path | None = None,
     *,
     text: str | Path | None = None,
+    chat: str | Path | None = None,
     tasks: Sequence[str | Path] = (),
     data: str | Path = Path(),
     limit: int | None = None,
@@ -66,38 +70,45 @@ def evaluate(
             (`decoding.url`) decodes every task
         adapter: the adapter's folder; None like `model`
         text: UTF-8 file for perplexity, KL and agreement
+        chat: JSON lines of conversations; each reply is measured after its prompt
         tasks: `.jsonl` files, or names of such files in `data`
         data: folder of the tasks that are given by name
-        limit: windows of the text, and questions of each task, at most
+        limit: windows of the text, replies, and questions of each task, at most
         decoding: how a server decodes the tasks without given answers
-        out: JSON file of the result; written after each decoded task too, so that a failure of
-            the next one loses nothing
+        out: JSON file of the result; also written after each decoded task
 
     Raises:
         ValueError: nothing to evaluate on, or input that cannot be used.
         RuntimeError: the server failed.
     """
-    if text is None and not tasks:
-        raise ValueError("nothing to evaluate on: give --text FILE, --tasks NAME,... or both")
+    if text is None and chat is None and not tasks:
+        raise ValueError("nothing to evaluate on: give --text FILE, --chat FILE or --tasks NAME")
     _check_folder(out)
     words = read_text(Path(text)) if text else ""
     read = [read_task(task_path(str(n), Path(data)), limit, decoding.num_fewshot) for n in tasks]
     decoded = [_decoded(task, decoding) for task in read if task.form is not Example]
     forced = [task for task in read if task.form is Example]
-    _check_source(model, adapter, decoding.url, bool(text or forced), bool(decoded))
-    config = read_config(Path(adapter)) if adapter else None
-    result = EvaluateResult(None if model is None else str(model), adapter=config)
+    _check_source(model, adapter, decoding.url, bool(text or chat or forced), bool(decoded))
+    result = _named(model, adapter)
     if decoded:
         with _server(model, adapter, decoding) as server:
             result = _ask(result, server, decoded, decoding, out)
-    if model and adapter and (text or forced):
+    if model and adapter and (text or chat or forced):
         decoder, tokenizer = _open(str(model), Path(adapter))
         if text:
-            measured = _measure_text(decoder, text_windows(tokenizer, words, limit), str(text))
+            measured = _measure_text(decoder, tokenizer, words, limit, str(text))
             result = replace(result, text=measured)
+        if chat:
+            result = replace(result, chat=_measure_chat(decoder, tokenizer, Path(chat), limit))
         result = _score(result, decoder, tokenizer, forced)
     _write(result, out)
     return result
+
+
+def _named(model: str | Path | None, adapter: str | Path | None) -> EvaluateResult:
+    """The result before anything is measured."""
+    config = read_config(Path(adapter)) if adapter else None
+    return EvaluateResult(None if model is None else str(model), adapter=config)
 
 
 def _ask(
@@ -164,8 +175,10 @@ def _score(
     return replace(result, tasks=found, mean_loss=mean)
 
 
-def _measure_text(decoder: ForcedDecoder, windows: Tensor, file: str) -> TextResult:
-    windows = windows.to(decoder.model.device)
+def _measure_text(
+    decoder: ForcedDecoder, tokenizer: Any, text: str, limit: int | None, file: str
+) -> TextResult:
+    windows = text_windows(tokenizer, text, limit)
     steps = perplexity(decoder, windows, PROMPT, decoder.adapter.config.k)
     return TextResult(file, len(windows), steps)
 
@@ -200,6 +213,18 @@ def _server(
     with Server(Path(str(model)), arguments) as server:
         print(f"Server: {server.url} (log: {server.log})", file=sys.stderr, flush=True)
         yield server
+
+
+def _measure_chat(
+    decoder: ForcedDecoder, tokenizer: Any, file: Path, limit: int | None
+) -> ChatResult:
+    length: int = decoder.model.config.max_position_embeddings
+    found = read_corpus([file]).rendered(tokenizer, length).documents
+    replies = [reply for reply in found if isinstance(reply, Reply)][:limit]
+    if not replies:
+        raise ValueError(f"--chat {file}: no conversations; expected lines with `messages`")
+    steps = on_sequences(decoder, [(r.tokens, r.prompt) for r in replies], decoder.adapter.config.k)
+    return ChatResult(str(file), len(replies), steps)
 
 
 def text_windows(tokenizer: Any, text: str, limit: int | None) -> Tensor:

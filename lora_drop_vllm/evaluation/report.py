@@ -32,13 +32,38 @@ class TextResult:
         """A table with one row per kind of step."""
         return [
             f"{self.file}: {self.windows} windows of {WINDOW} tokens, prompt {PROMPT}",
-            f"{'steps':<8}{'tokens':>9}{'perplexity':>12}{'base':>9}{'KL':>8}{'agreement':>11}",
-            *(
-                f"{kind:<8}{d.tokens:>9}{d.perplexity:>12.2f}{d.base_perplexity:>9.2f}"
-                f"{d.kl:>8.3f}{d.agreement:>11.3f}"
-                for kind, d in self.steps.items()
-            ),
+            *_step_lines(self.steps),
         ]
+
+
+def _step_lines(steps: dict[str, Divergence]) -> list[str]:
+    return [
+        f"{'steps':<8}{'tokens':>9}{'perplexity':>12}{'base':>9}{'KL':>8}{'agreement':>11}",
+        *(
+            f"{kind:<8}{d.tokens:>9}{d.perplexity:>12.2f}{d.base_perplexity:>9.2f}"
+            f"{d.kl:>8.3f}{d.agreement:>11.3f}"
+            for kind, d in steps.items()
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class ChatResult:
+    """Chat replies under LoRA-Drop beside the base model.
+
+    Attributes:
+        file: as it was named
+        replies: number of replies that were measured
+        steps: `all`, and `full` and `lora` if the schedule has such steps
+    """
+
+    file: str
+    replies: int
+    steps: dict[str, Divergence]
+
+    def lines(self) -> list[str]:
+        """A table with one row per kind of step."""
+        return [f"{self.file}: {self.replies} replies", *_step_lines(self.steps)]
 
 
 @dataclass(frozen=True)
@@ -59,6 +84,7 @@ class EvaluateResult:
         adapter: contents of its `adapter_config.json`; None if the server brought its own
         decoding: how the server was asked; None if none was
         text: perplexity, KL and agreement on plain text, if asked for
+        chat: the same on chat replies
         mean_loss: mean loss of accuracy over `tasks`, if there are two or more
     """
 
@@ -68,10 +94,12 @@ class EvaluateResult:
     adapter: AdapterConfig | None = None
     decoding: ServedDecoding | None = None
     text: TextResult | None = None
+    chat: ChatResult | None = None
     mean_loss: MeanLoss | None = None
 
     def __str__(self) -> str:
         lines = self.text.lines() if self.text else []
+        lines += self.chat.lines() if self.chat else []
         for task in self.tasks:
             lines += _task_lines(task)
         if mean := self.mean_loss:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_models import make_chat_model
 from oracle import Forced, Oracle
 from serving import settings_of
 from tiny import make_adapter, make_tokenizer, prompt_of
@@ -16,7 +17,7 @@ from tiny import make_adapter, make_tokenizer, prompt_of
 from lora_drop_vllm.cli import main
 from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.trainable import Adapter
-from lora_drop_vllm.evaluation.divergence import perplexity
+from lora_drop_vllm.evaluation.divergence import on_sequences, perplexity
 from lora_drop_vllm.evaluation.scoring import Candidate, run_task, score
 from lora_drop_vllm.evaluation.significance import Comparison, MeanLoss, mcnemar
 from lora_drop_vllm.evaluation.tasks import Example, Task, read_task, read_text
@@ -61,6 +62,37 @@ def test_perplexity_is_the_oracles(pair: Any) -> None:
     )
     assert everything.kl == pytest.approx(float(torch.stack(kl).mean()), rel=1e-3)
     assert everything.agreement == pytest.approx(float(torch.stack(same).float().mean()))
+
+
+def test_replies_of_any_length_count_after_their_own_prompts(pair: Any) -> None:
+    decoder, _ = pair
+    replies = [(prompt_of(20, 0), 6), (prompt_of(9, 1), 4), (prompt_of(14, 2), 6)]
+    found = on_sequences(decoder, replies, K)
+    alone = [perplexity(decoder, torch.tensor([tokens]), n, K) for tokens, n in replies]
+    for kind in ("all", "full", "lora"):
+        parts = [one[kind] for one in alone if kind in one]
+        tokens = sum(part.tokens for part in parts)
+        assert found[kind].tokens == tokens
+        kl = sum(part.kl * part.tokens for part in parts) / tokens
+        assert found[kind].kl == pytest.approx(kl, rel=1e-4)
+
+
+def test_the_command_measures_chat_replies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_chat_model(tmp_path / "model", "qwen2")
+    make_adapter(tmp_path / "adapter", model, drop_layers=DROP)
+    talk = [{"role": "user", "content": "How far is it?"}, {"role": "assistant", "content": "Far."}]
+    (tmp_path / "chat.jsonl").write_text(2 * (json.dumps({"messages": talk}) + "\n"))
+    (tmp_path / "text.jsonl").write_text('{"text": "no conversation at all"}\n')
+    command = ["evaluate", str(model), "--adapter", str(tmp_path / "adapter"), "--chat"]
+    report = tmp_path / "out.json"
+    assert main([*command, str(tmp_path / "chat.jsonl"), "--json", str(report)]) == 0
+    assert "chat.jsonl: 2 replies" in capsys.readouterr().out
+    steps = json.loads(report.read_text())["chat"]["steps"]
+    assert steps["lora"]["tokens"] > steps["full"]["tokens"] > 0
+    assert main([*command, str(tmp_path / "text.jsonl")]) == 2
+    assert "no conversations; expected lines with `messages`" in capsys.readouterr().err
 
 
 def test_with_k_0_nothing_differs_from_the_base(pair: Any) -> None:
