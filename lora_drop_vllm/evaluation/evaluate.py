@@ -66,8 +66,7 @@ def evaluate(
     """Scores an adapter beside its base model on text and tasks.
 
     Args:
-        model: folder, or a name in the local Hugging Face cache; None if a running server
-            (`decoding.url`) decodes every task
+        model: folder or cached Hugging Face name; None if a server (`decoding.url`) decodes all
         adapter: the adapter's folder; None like `model`
         text: UTF-8 file for perplexity, KL and agreement
         chat: JSON lines of conversations; each reply is measured after its prompt
@@ -96,10 +95,9 @@ def evaluate(
     if model and adapter and (text or chat or forced):
         decoder, tokenizer = _open(str(model), Path(adapter))
         if text:
-            measured = _measure_text(decoder, tokenizer, words, limit, str(text))
-            result = replace(result, text=measured)
+            result = replace(result, text=_on_text(decoder, tokenizer, words, limit, str(text)))
         if chat:
-            result = replace(result, chat=_measure_chat(decoder, tokenizer, Path(chat), limit))
+            result = replace(result, chat=_on_chat(decoder, tokenizer, Path(chat), limit))
         result = _score(result, decoder, tokenizer, forced)
     _write(result, out)
     return result
@@ -175,7 +173,7 @@ def _score(
     return replace(result, tasks=found, mean_loss=mean)
 
 
-def _measure_text(
+def _on_text(
     decoder: ForcedDecoder, tokenizer: Any, text: str, limit: int | None, file: str
 ) -> TextResult:
     windows = text_windows(tokenizer, text, limit)
@@ -215,9 +213,7 @@ def _server(
         yield server
 
 
-def _measure_chat(
-    decoder: ForcedDecoder, tokenizer: Any, file: Path, limit: int | None
-) -> ChatResult:
+def _on_chat(decoder: ForcedDecoder, tokenizer: Any, file: Path, limit: int | None) -> ChatResult:
     length: int = decoder.model.config.max_position_embeddings
     found = read_corpus([file]).rendered(tokenizer, length).documents
     replies = [reply for reply in found if isinstance(reply, Reply)][:limit]
