@@ -116,9 +116,9 @@ def run_fit(arguments: argparse.Namespace) -> int:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     """Has the model write text to learn from."""
-    from lora_drop_vllm.training.conversations import Generation
+    from lora_drop_vllm.generation.conversations import Generation
+    from lora_drop_vllm.generation.generate import generate
     from lora_drop_vllm.training.corpus import read_corpus
-    from lora_drop_vllm.training.generate import generate
 
     given = _flags(arguments, Generation)
     given = {**given, "system": tuple(given["system"]) or Generation.system}

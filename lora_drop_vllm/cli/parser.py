@@ -103,6 +103,7 @@ COMMANDS = {
             "lora-drop generate ./model --seed 1 --exclude conversations.jsonl --count 200 "
             "--out held_out.jsonl",
             "lora-drop generate ./model --prompts questions.txt --greedy 1 --out answers.jsonl",
+            "lora-drop generate ./model --adapter ./adapter --prompts asked.txt --out ours.jsonl",
             "lora-drop generate ./base-model --corpus books.txt --out continuations.jsonl",
         ),
         add_flags=training_flags.generate_flags,

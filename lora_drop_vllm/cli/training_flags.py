@@ -23,8 +23,8 @@ def fit_flags(parser: ArgumentParser) -> None:
 
 def generate_flags(parser: ArgumentParser) -> None:
     """Flags of `lora-drop generate`."""
-    from lora_drop_vllm.training.conversations import Generation
-    from lora_drop_vllm.training.generate import COUNT, generate
+    from lora_drop_vllm.generation.conversations import Generation
+    from lora_drop_vllm.generation.generate import COUNT, generate
 
     parser.add_argument("model", help=MODEL)
     parser.add_argument(
@@ -48,6 +48,14 @@ def generate_flags(parser: ArgumentParser) -> None:
         flag(parser, Generation, name, meaning)
     prompts = "prompts to answer: lines of text, or .jsonl with a `prompt` or `messages` each"
     flag(parser, generate, "prompts", prompts, type=Path)
+    flag(
+        parser,
+        generate,
+        "adapter",
+        "answer as the model served with this adapter does, loops included",
+        type=Path,
+        metavar="DIR",
+    )
     for name, metavar, meaning in (
         ("system", "TEXT", f"system prompts of half of the conversations (default: {SYSTEMS})"),
         ("corpus", "SOURCE", "texts whose openings a model without a chat template continues"),
@@ -58,8 +66,6 @@ def generate_flags(parser: ArgumentParser) -> None:
 
 def train_flags(parser: ArgumentParser) -> None:
     """Flags of `lora-drop train`."""
-    from lora_drop_vllm.decode.masks import BACKENDS
-    from lora_drop_vllm.training.gradient import Plan
     from lora_drop_vllm.training.settings import Settings
     from lora_drop_vllm.training.trainer import train
 
@@ -77,32 +83,7 @@ def train_flags(parser: ArgumentParser) -> None:
         metavar="{fit,zero,DIR}",
     )
     flag(parser, Settings, "tokens", "tokens of the corpus that --from fit reads, at most")
-    for name, meaning in (
-        ("steps", "optimizer steps"),
-        ("batch", "rows in a batch, on each device"),
-        ("accumulate", "batches in an optimizer step"),
-        ("lr", "highest learning rate"),
-        ("warmup", "steps until the highest learning rate; then it falls along a cosine"),
-        ("clip", "norm of the gradient, at most"),
-        ("ce", "weight of the next-token cross-entropy"),
-        ("kl", "weight of KL(base || student)"),
-        ("hidden", "weight of the distance of the hidden states"),
-        ("refresh_weight", "weight of the prediction of a refresh; that of a LoRA step weighs 1"),
-        ("save_every", "steps between two checkpoints"),
-        ("checkpointing", "recompute layers in the backward pass: less memory, more time"),
-    ):
-        flag(parser, Plan, name, meaning)
-    parser.add_argument(
-        "--bf16",
-        action=BooleanOptionalAction,
-        help="compute in bfloat16; the adapter stays in float32 (default: where the processor has "
-        "instructions for it)",
-    )
-    parser.add_argument(
-        "--attention",
-        choices=BACKENDS,
-        help="attention backend (default: matmul on CPUs in bfloat16, else sdpa)",
-    )
+    _loop_flags(parser)
     flag(parser, train, "plots", "also draw the curves (needs matplotlib)")
 
 
@@ -139,6 +120,50 @@ def profile_flags(parser: ArgumentParser) -> None:
     )
     _adapter_flags(parser)
     flag(parser, profile, "plots", "also draw figures (needs matplotlib)")
+
+
+def _loop_flags(parser: ArgumentParser) -> None:
+    """Flags of the training loop."""
+    from lora_drop_vllm.decode.masks import BACKENDS
+    from lora_drop_vllm.training.gradient import Plan
+    from lora_drop_vllm.training.objective import DIVERGENCES
+
+    for name, meaning in (
+        ("steps", "optimizer steps"),
+        ("batch", "rows in a batch, on each device"),
+        ("accumulate", "batches in an optimizer step"),
+        ("lr", "highest learning rate"),
+        ("warmup", "steps until the highest learning rate; then it falls along a cosine"),
+        ("clip", "norm of the gradient, at most"),
+        ("ce", "weight of the next-token cross-entropy"),
+        ("kl", "weight of the divergence from the base model"),
+        ("hidden", "weight of the distance of the hidden states"),
+        ("refresh_weight", "weight of the prediction of a refresh; that of a LoRA step weighs 1"),
+        ("rollouts", "steps after which the adapter answers prompts of the corpus anew; 0: never"),
+        ("rollout_prompts", "prompts that it answers each time"),
+        ("on_policy", "share of the tokens that come from its answers"),
+        ("save_every", "steps between two checkpoints"),
+        ("checkpointing", "recompute layers in the backward pass: less memory, more time"),
+    ):
+        flag(parser, Plan, name, meaning)
+    flag(
+        parser,
+        Plan,
+        "divergence",
+        "what --kl weighs: KL(base || student), KL(student || base), or Jensen-Shannon",
+        choices=DIVERGENCES,
+    )
+    parser.add_argument(
+        "--bf16",
+        action=BooleanOptionalAction,
+        help="compute in bfloat16; the adapter stays in float32 (default: where the processor has "
+        "instructions for it)",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=BACKENDS,
+        help="attention backend (default: matmul on CPUs in bfloat16, else sdpa)",
+    )
 
 
 def _input_flags(parser: ArgumentParser) -> None:

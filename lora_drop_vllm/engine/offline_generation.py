@@ -1,4 +1,4 @@
-"""vLLM's offline engine with the stock model: many prompts at once, for text to train on.
+"""vLLM's offline engine: many prompts at once, for text to train on.
 
 The types are plain, and vLLM is imported when an engine starts, so other folders can name them.
 """
@@ -70,13 +70,16 @@ class OfflineEngine:
         return [_completion(output.outputs[0]) for output in outputs]
 
 
-def start_engine(model: str, batch: int, context: int) -> OfflineEngine:
-    """Start vLLM on the stock model: eager on a CPU, in bfloat16 where it has the instructions.
+def start_engine(
+    model: str, batch: int, context: int, adapter: Path | None = None
+) -> OfflineEngine:
+    """Starts vLLM: eager on a CPU, in bfloat16 where it has the instructions.
 
     Args:
         model: folder, or a name in the local Hugging Face cache
         batch: requests at once
         context: tokens of a prompt and its continuation
+        adapter: serve the model with this adapter; None is the stock model
 
     Raises:
         RuntimeError: vLLM is not installed.
@@ -90,9 +93,12 @@ def start_engine(model: str, batch: int, context: int) -> OfflineEngine:
 
     cuda = torch.cuda.is_available()
     dtype = "auto" if cuda or _cpu_has_bfloat16() else "float32"
-    size: dict[str, Any] = (
-        {} if cuda else {"kv_cache_memory_bytes": _cpu_cache_bytes(model, batch, context, dtype)}
-    )
+    size: dict[str, Any] = {}
+    if not cuda:
+        size["kv_cache_memory_bytes"] = _cpu_cache_bytes(model, batch, context, dtype)
+    if adapter is not None:
+        settings = {"lora_drop": {"adapter": str(adapter)}}
+        size |= {"model_impl": "lora_drop", "additional_config": settings}
     llm = vllm.LLM(
         model,
         dtype=dtype,  # type: ignore[arg-type]  # a literal there

@@ -38,6 +38,11 @@ class Checkpoint:
     position: Position | MixedPosition
     tensors: dict[str, Tensor]
 
+    @property
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapter's tensors."""
+        return {name: tensor for name, tensor in self.tensors.items() if "/" not in name}
+
     def save(self, folder: Path) -> None:
         """Replaces the folder's checkpoint; a kill leaves the old one or the new one."""
         state = {

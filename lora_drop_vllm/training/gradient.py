@@ -16,7 +16,7 @@ from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.training.checkpoint import Checkpoint
 from lora_drop_vllm.training.mixture import MixedRows
-from lora_drop_vllm.training.objective import Losses, Weights, backward
+from lora_drop_vllm.training.objective import DIVERGENCES, Losses, Weights, backward
 from lora_drop_vllm.training.rows import Row, Rows, random_schedule, stack
 
 BETAS = (0.9, 0.99)
@@ -34,8 +34,12 @@ class Plan:
         clip: largest norm of the gradient
         ce, kl, hidden: weights of the next-token cross-entropy, of KL(base || student) and of the
             distance of the hidden states
+        rollouts: steps after which the adapter answers prompts of the corpus anew; 0 means never
+        rollout_prompts: number of prompts that it answers each time
+        on_policy: share of the tokens that come from its answers
         save_every: steps between two checkpoints; a kill loses at most so many
         refresh_weight: weight of a refresh's prediction; a LoRA step's weighs 1
+        divergence: what `kl` weighs: `forward`, `reverse` or `js`; see `Weights`
         bf16: compute in bfloat16; adapter, optimizer and residual stream stay in fp32. None means
             yes if the processor has instructions for it
         checkpointing: recompute layers in the backward pass, to save memory
@@ -53,6 +57,10 @@ class Plan:
     kl: float = 1.0
     hidden: float = 0.0
     refresh_weight: float = 1.0
+    divergence: str = "forward"
+    rollouts: int = 0
+    rollout_prompts: int = 64
+    on_policy: float = 0.5
     save_every: int = 50
     bf16: bool | None = None
     checkpointing: bool = False
@@ -62,6 +70,7 @@ class Plan:
         """Raises ValueError for a value out of range; the error names the flag."""
         least = {"steps": 1, "batch": 1, "accumulate": 1, "save_every": 1, "warmup": 0}
         least |= {"ce": 0, "kl": 0, "hidden": 0, "refresh_weight": 0}
+        least |= {"rollouts": 0, "rollout_prompts": 1}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(
@@ -70,6 +79,11 @@ class Plan:
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected more than 0")
+        if not 0 < self.on_policy < 1:
+            raise ValueError(f"--on-policy {self.on_policy}: expected a share between 0 and 1")
+        if self.divergence not in DIVERGENCES:
+            allowed = ", ".join(DIVERGENCES)
+            raise ValueError(f"--divergence {self.divergence}: expected one of {allowed}")
         if not self.ce + self.kl + self.hidden > 0:
             raise ValueError("--ce, --kl, --hidden: all 0; give one of them some weight")
 
@@ -91,7 +105,7 @@ class Plan:
     @property
     def weights(self) -> Weights:
         """The weights of the losses."""
-        return Weights(self.ce, self.kl, self.hidden, self.refresh_weight)
+        return Weights(self.ce, self.kl, self.hidden, self.refresh_weight, self.divergence)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -153,8 +167,7 @@ class Trainer:
         config = checkpoint.config
         if plan.bf16:
             _halve_weights(model)
-        tensors = {n: t for n, t in checkpoint.tensors.items() if "/" not in n}
-        self.adapter = Adapter(config, tensors).to(model.device)
+        self.adapter = Adapter(config, checkpoint.adapter).to(model.device)
         self.decoder = ForcedDecoder(
             model,
             self.adapter,
@@ -194,7 +207,7 @@ class Trainer:
         """
         plan, device = self.plan, self.decoder.model.device
         self._optimizer.zero_grad()
-        losses = torch.zeros(7, dtype=torch.float64, device=device)
+        losses = torch.zeros(8, dtype=torch.float64, device=device)
         count = 0
         for part in range(plan.accumulate * self.devices.count):
             chosen = [next(self.rows) for _ in range(plan.batch)]

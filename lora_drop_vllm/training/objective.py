@@ -1,7 +1,8 @@
-"""The training loss: cross-entropy, KL to the base model, distance of the hidden states."""
+"""The training loss: cross-entropy, divergence from the base model, distance of hidden states."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.positions import Schedule, take
 
+DIVERGENCES = ("forward", "reverse", "js")
 AT_ONCE = 128  # predictions; the vocabulary is wide, and small pieces fit the processor's cache
 
 
@@ -20,15 +22,18 @@ class Weights:
 
     Attributes:
         ce: next-token cross-entropy
-        kl: KL(base || student)
+        kl: the divergence of the student from the base model
         hidden: squared distance of the normed stream from the base model's, relative to the latter
         refresh: weight of a refresh's prediction in those means; a LoRA step's weighs 1
+        divergence: `forward` is KL(base || student), `reverse` is KL(student || base), `js` is the
+            Jensen-Shannon divergence, the mean of both models' KL to their average
     """
 
     ce: float = 1.0
     kl: float = 1.0
     hidden: float = 0.0
     refresh: float = 1.0
+    divergence: str = "forward"
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,19 @@ class Losses:
     """The losses of a batch, in a form that can be averaged over batches and processes.
 
     Attributes:
-        values: [7] fp64  ce, kl and hidden; then the sum of KL and the number of predictions, first
-            for LoRA steps, then for refreshes
+        values: [8] fp64  ce, KL(base || student), hidden, the trained divergence; then the sum of
+            KL and the number of predictions, first for LoRA steps, then for refreshes
     """
 
     values: Tensor
 
     def named(self, weights: Weights) -> dict[str, float]:
         """The log's entry: the total, its parts, and the mean KL by kind of step."""
-        ce, kl, hidden, *kinds = self.values.tolist()
-        total = weights.ce * ce + weights.kl * kl + weights.hidden * hidden
+        ce, kl, hidden, divergence, *kinds = self.values.tolist()
+        total = weights.ce * ce + weights.kl * divergence + weights.hidden * hidden
         entry = {"loss": total, "ce": ce, "kl": kl, "hidden": hidden}
+        if weights.divergence != "forward":
+            entry[weights.divergence] = divergence
         for name, found, count in zip(("kl_lora", "kl_refresh"), kinds[::2], kinds[1::2]):
             if count:
                 entry[name] = found / count
@@ -81,14 +88,14 @@ def backward(
     weight = torch.where(lora, 1.0, weights.refresh)
     weight /= weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
     gradient = torch.empty_like(own)
-    found = torch.empty(len(at), 3, dtype=torch.float64, device=at.device)
+    found = torch.empty(len(at), 4, dtype=torch.float64, device=at.device)
     with torch.no_grad():
         scale = other.float().square().mean()
         for piece in torch.arange(len(at), device=at.device).split(AT_ONCE):
             made = _of_logits(decoder, own[piece], other[piece], next_token[piece], weights)
             apart = own[piece].float() - other[piece].float()
-            found[piece, 0], found[piece, 1] = made.ce.double(), made.kl.double()
-            found[piece, 2] = (apart.square().mean(-1) / scale).double()
+            far = apart.square().mean(-1) / scale
+            found[piece] = torch.stack((made.ce, made.kl, far, made.divergence), 1).double()
             slope = made.slope + weights.hidden * 2 / (scale * apart.shape[-1]) * apart
             gradient[piece] = (share * weight[piece, None] * slope).to(own.dtype)
     if len(at):
@@ -103,25 +110,53 @@ class _OfLogits(NamedTuple):
 
     ce: Tensor
     kl: Tensor
+    divergence: Tensor
     slope: Tensor
 
 
 def _of_logits(
     decoder: ForcedDecoder, own: Tensor, other: Tensor, next_token: Tensor, weights: Weights
 ) -> _OfLogits:
-    """Cross-entropy and KL of R predictions.
+    """Cross-entropy and divergence of R predictions.
 
-    With logits z and the base model's z', d(ce) / dz = softmax(z) - onehot and d(kl) / dz =
-    softmax(z) - softmax(z').
+    With logits z and p = softmax(z), d(ce) / dz = p - onehot.
     """
     z, base_z = (decoder.logits(x).float() for x in (own, other))
     p, log_sum = _softmax(z)
     base_p, base_log_sum = _softmax(base_z)
     ce = log_sum - z.gather(1, next_token[:, None]).squeeze(1)
-    kl = torch.linalg.vecdot(base_p, base_z.sub_(z)) + log_sum - base_log_sum
-    slope = p.mul_(weights.ce + weights.kl).sub_(base_p, alpha=weights.kl)
+    log_ratio = (base_z.sub_(z)).add_((log_sum - base_log_sum)[:, None])  # log of base_p / p
+    kl = torch.linalg.vecdot(base_p, log_ratio)
+    divergence, slope = _divergence(weights.divergence, p, base_p, log_ratio, kl)
+    slope = slope.mul_(weights.kl).add_(p, alpha=weights.ce)
     slope.scatter_add_(1, next_token[:, None], slope.new_full((len(slope), 1), -weights.ce))
-    return _OfLogits(ce, kl, decoder.logits_transposed(slope).float())
+    return _OfLogits(ce, kl, divergence, decoder.logits_transposed(slope).float())
+
+
+def _divergence(
+    name: str, p: Tensor, base_p: Tensor, log_ratio: Tensor, kl: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A divergence of the student's p from base_p, [R], and its gradient by the logits, [R, V].
+
+    d(forward) / dz = p - base_p. The others are sums f(p) over the vocabulary, with d / dz =
+    p (f'(p) - sum of p f'(p)).
+
+    Args:
+        log_ratio: log(base_p / p), [R, V]
+        kl: KL(base || student), [R]
+    """
+    if name == "forward":
+        return kl, p - base_p
+    if name == "reverse":
+        slope = -log_ratio
+        value = torch.linalg.vecdot(p, slope)
+        return value, p * (slope - value[:, None])
+    to_mean = math.log(2) - torch.nn.functional.softplus(
+        log_ratio
+    )  # log(p / m), m = (p + base) / 2
+    from_student = torch.linalg.vecdot(p, to_mean)
+    from_base = torch.linalg.vecdot(base_p, log_ratio + to_mean)
+    return (from_student + from_base) / 2, p * (to_mean - from_student[:, None]) / 2
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:

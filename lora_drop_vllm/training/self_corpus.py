@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lora_drop_vllm.cache import default_cache
 from lora_drop_vllm.decode.pretrained import model_digest, model_name
-from lora_drop_vllm.training.conversations import Generation
-from lora_drop_vllm.training.generate import COUNT
-from lora_drop_vllm.training.generated_file import documents_in
+from lora_drop_vllm.generation.conversations import Generation
+from lora_drop_vllm.generation.generate import COUNT
+from lora_drop_vllm.generation.generated_file import documents_in
 
 SELF = "self"
 

@@ -31,8 +31,9 @@ from lora_drop_vllm.training.corpus import Corpus, read_corpus, remark
 from lora_drop_vllm.training.fit import new_config
 from lora_drop_vllm.training.gradient import Devices, Plan, Trainer
 from lora_drop_vllm.training.layerwise import fit_tensors
-from lora_drop_vllm.training.mixture import rows_of
-from lora_drop_vllm.training.rows import Position
+from lora_drop_vllm.training.mixture import MixedRows, rows_of
+from lora_drop_vllm.training.rollouts import Rollouts
+from lora_drop_vllm.training.rows import Position, Rows
 from lora_drop_vllm.training.samples import sample
 from lora_drop_vllm.training.settings import DTYPES, Settings
 
@@ -101,13 +102,14 @@ def train(
         checkpoint.check_run(run, out)
     devices = Devices()
     base, tokenizer = open_model(model)
+    rollouts = Rollouts(model, tokenizer, texts, settings, plan, out) if plan.rollouts else None
     texts = texts.rendered(tokenizer, settings.length)
     if not checkpoint:
         config, tensors = begin(model, base, tokenizer, texts, settings, start, profile)
         checkpoint = Checkpoint(config, run, 0, Position(), tensors)
-    rows = rows_of(texts, tokenizer, settings.length, settings.seed, checkpoint.position)
+    rows = _rows(texts, tokenizer, settings, checkpoint, rollouts)
     trainer = Trainer(base, rows, plan, settings.seed, checkpoint, devices)
-    log = run_to_the_end(trainer, out, DTYPES[settings.dtype])
+    log = run_to_the_end(trainer, out, DTYPES[settings.dtype], rollouts)
     if plots and not devices.number:
         plot_training(log, out / "training.png")
     return TrainResult(out, trainer.adapter.config, trainer.step, log, texts.skipped)
@@ -122,10 +124,27 @@ def _described(
     return described
 
 
-def run_to_the_end(trainer: Trainer, out: Path, dtype: torch.dtype) -> list[dict[str, float]]:
+def _rows(
+    texts: Corpus,
+    tokenizer: Any,
+    settings: Settings,
+    checkpoint: Checkpoint,
+    rollouts: Rollouts | None,
+) -> Rows | MixedRows:
+    """The rows from the checkpoint on."""
+    step, position = checkpoint.step, checkpoint.position
+    if rollouts:
+        return rollouts.rows(step, position, checkpoint.config, checkpoint.adapter)
+    return rows_of(texts, tokenizer, settings.length, settings.seed, position)
+
+
+def run_to_the_end(
+    trainer: Trainer, out: Path, dtype: torch.dtype, rollouts: Rollouts | None = None
+) -> list[dict[str, float]]:
     """Takes the remaining steps, with a log and checkpoints in `out`; returns the log."""
     plan, writes = trainer.plan, trainer.devices.number == 0
     out.mkdir(parents=True, exist_ok=True)
+    begun = trainer.step
     log = read_log(out, trainer.step)
     if writes:
         write_log(out, log)
@@ -133,6 +152,9 @@ def run_to_the_end(trainer: Trainer, out: Path, dtype: torch.dtype) -> list[dict
         total=plan.steps, initial=trainer.step, desc="Training", unit="step", disable=not writes
     ) as progress:
         while trainer.step < plan.steps:
+            if rollouts and rollouts.due(trainer.step) and trainer.step > begun:
+                adapter = trainer.adapter.config, trainer.adapter.tensors()
+                trainer.rows = rollouts.rows(trainer.step, trainer.rows.position, *adapter)
             began = time.monotonic()
             entry = trainer.advance()
             entry["tokens_per_s"] = round(entry["tokens"] / (time.monotonic() - began), 1)

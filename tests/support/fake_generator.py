@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tiny import make_tokenizer
 
 from lora_drop_vllm.engine.offline_generation import Completion, Request
-from lora_drop_vllm.training.conversations import USER_TOKENS
+from lora_drop_vllm.generation.conversations import USER_TOKENS
 
 
 def answer(text: str, end: str = "stop") -> Completion:
@@ -38,8 +39,8 @@ class FakeEngine:
         self.rule, self.dies, self.asked = rule, dies, list[Request]()
         self.calls = 0
 
-    def start(self, model: str, batch: int, context: int) -> FakeEngine:
-        self.batch, self.context = batch, context
+    def start(self, model: str, batch: int, context: int, adapter: Path | None) -> FakeEngine:
+        self.batch, self.context, self.adapter = batch, context, adapter
         return self
 
     def __call__(self, requests: Sequence[Request]) -> list[Completion]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +12,6 @@ import pytest
 from chat_models import make_chat_model
 
 from lora_drop_vllm.cli import main
-from lora_drop_vllm.engine import offline_generation
-from lora_drop_vllm.engine.offline_generation import Completion, Request, start_engine
 from lora_drop_vllm.method.adapter import read_config
 from lora_drop_vllm.training import self_corpus as module
 from lora_drop_vllm.training.corpus import read_corpus
@@ -108,48 +105,3 @@ def test_fit_needs_nothing_but_a_model(
     assert main(["fit", str(chat_model), *given]) == 0
     assert path.stat().st_mtime_ns == written
     assert read_config(tmp_path / "a").k == 3 and read_config(tmp_path / "b").k == 2
-
-
-@pytest.mark.engine
-def test_the_engine_continues_as_asked(smooth_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy text is that of transformers; texts end at a token, at the limit or in a loop.
-
-    Seeds count. Some prompts have more tokens than an engine step takes.
-    """
-    import torch
-    from tiny import load_model, prompt_of
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    monkeypatch.setattr(offline_generation, "_cpu_has_bfloat16", lambda: False)
-    monkeypatch.setattr(offline_generation, "STEP_TOKENS", 256)
-    prompt = prompt_of(9)
-    want = (
-        load_model(smooth_model)
-        .generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=0)[0]
-        .tolist()[len(prompt) :]
-    )
-    engine = start_engine(str(smooth_model), 16, 256)
-    try:
-        many = [Request(prompt_of(150, seed), 24, seed, 1.0) for seed in range(8)]
-        first, *others = engine([Request(prompt, 24, 0), *many])
-        assert first == Completion(first.text, want, "length")
-        assert engine(many) == others and len({tuple(x.tokens) for x in others}) == 8
-        again, other = engine([many[0], replace(many[0], seed=9)])
-        assert again == others[0] != other
-        stop = Request(prompt, 24, 0, stop=(want[5],))
-        (stopped,) = engine([stop])
-        assert stopped.tokens == want[: want.index(want[5])] and stopped.end == "stop"
-        sampling = offline_generation._sampling
-
-        def one_word(request: Request) -> Any:
-            found = sampling(request)
-            found.allowed_token_ids = [7]
-            return found
-
-        monkeypatch.setattr(offline_generation, "_sampling", one_word)
-        (loop,) = engine([Request(prompt, 99, 0)])
-        assert loop.end == "repetition" and len(loop.tokens) < 99
-        assert engine.facts["device"] == "cpu" and engine.facts["dtype"] == "float32"
-    finally:
-        engine.llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()

@@ -53,8 +53,15 @@ def test_predictions_after_the_first_lora_step_count() -> None:
 
 @pytest.mark.parametrize(
     "weights",
-    [Weights(), Weights(0.3, 0.0, 2.0), Weights(0.0, 1.0, 0.0, 0.25), Weights(1.0, 0.5, 0.1, 0.0)],
-    ids=["ce-kl", "hidden", "refresh", "lora-only"],
+    [
+        Weights(),
+        Weights(0.3, 0.0, 2.0),
+        Weights(0.0, 1.0, 0.0, 0.25),
+        Weights(1.0, 0.5, 0.1, 0.0),
+        Weights(0.2, 0.7, 0.0, 0.5, "reverse"),
+        Weights(0.2, 0.7, 0.0, 0.5, "js"),
+    ],
+    ids=["ce-kl", "hidden", "refresh", "lora-only", "reverse", "js"],
 )
 def test_the_gradient_by_the_formula_is_that_of_autograd(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Weights
@@ -72,11 +79,20 @@ def test_the_gradient_by_the_formula_is_that_of_autograd(
     log_p, base_log_p = (decoder.logits(x[at]).log_softmax(-1) for x in (hidden, base))
     ce = torch.nn.functional.nll_loss(log_p, tokens.flatten()[at + 1], reduction="none")
     kl = torch.nn.functional.kl_div(log_p, base_log_p, log_target=True, reduction="none").sum(-1)
+    p, base_p = log_p.exp(), base_log_p.exp()
+    log_mean = ((p + base_p) / 2).log()
+    js = (p * (log_p - log_mean) + base_p * (base_log_p - log_mean)).sum(-1) / 2
+    divergence = {"forward": kl, "reverse": (p * (log_p - base_log_p)).sum(-1), "js": js}
+    trained = divergence[weights.divergence]
     far = (hidden[at] - base[at]).square().mean(-1) / base[at].square().mean()
     weight = torch.where(lora, 1.0, weights.refresh)
-    ce_mean, kl_mean, far_mean = ((weight * x).sum() / weight.sum() for x in (ce, kl, far))
-    total = weights.ce * ce_mean + weights.kl * kl_mean + weights.hidden * far_mean
+    ce_mean, kl_mean, far_mean, trained_mean = (
+        (weight * x).sum() / weight.sum() for x in (ce, kl, far, trained)
+    )
+    total = weights.ce * ce_mean + weights.kl * trained_mean + weights.hidden * far_mean
     expected = {"loss": total, "ce": ce_mean, "kl": kl_mean, "hidden": far_mean}
+    if weights.divergence != "forward":
+        expected[weights.divergence] = trained_mean
     expected |= {"kl_lora": kl[lora].mean(), "kl_refresh": kl[~lora].mean()}
     assert losses == {name: pytest.approx(x.item(), abs=1e-4) for name, x in expected.items()}
     want = torch.autograd.grad(0.5 * total, list(adapter.parameters()))

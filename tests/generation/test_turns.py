@@ -9,8 +9,8 @@ from chat_models import make_chat_tokenizer
 from fake_generator import answer
 
 from lora_drop_vllm.engine.offline_generation import Completion
-from lora_drop_vllm.training.generate import read_prompts
-from lora_drop_vllm.training.turns import Turns
+from lora_drop_vllm.generation.generate import read_prompts
+from lora_drop_vllm.generation.turns import Turns
 
 FAMILIES = {
     "smollm2": (

@@ -31,6 +31,9 @@ class Turns:
     A turn's header is the template's text before a marked message; its ending is the text after the
     mark. This works for every template that leaves messages unchanged.
 
+    Args:
+        loops: accept replies that end in a loop
+
     Attributes:
         user: ending of a user's turn
         assistant: ending of a reply
@@ -40,8 +43,8 @@ class Turns:
         ValueError: the template leaves out a message.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, loops: bool = False) -> None:
+        self.tokenizer, self._loops = tokenizer, loops
         self._special = {
             number for number, token in tokenizer.added_tokens_decoder.items() if token.special
         } | set(tokenizer.all_special_ids)
@@ -64,7 +67,7 @@ class Turns:
 
     def fault(self, turn: Completion, role: str) -> str | None:
         """The reason to leave a turn out, or None; a reply may be cut off, a user's turn not."""
-        if turn.end == "repetition" or repeats(turn.tokens):
+        if loops(turn) and not (self._loops and role == "assistant"):
             return "repetition"
         if turn.end == "length" and role == "user":
             return "no end"
@@ -105,7 +108,9 @@ class Turns:
         return "Be brief." in before
 
 
-def repeats(tokens: Sequence[int]) -> bool:
-    """True for a long text in which most runs of four tokens are repetitions."""
+def loops(text: Completion) -> bool:
+    """True for a text that ended in a loop, or whose runs of four tokens mostly repeat."""
+    tokens = text.tokens
     runs = [tuple(tokens[n : n + 4]) for n in range(len(tokens) - 3)]
-    return len(tokens) >= LONG and len(set(runs)) < DISTINCT * len(runs)
+    few = len(tokens) >= LONG and len(set(runs)) < DISTINCT * len(runs)
+    return few or text.end == "repetition"

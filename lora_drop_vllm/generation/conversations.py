@@ -1,4 +1,4 @@
-"""Documents that a model writes in batches: conversations, and continued texts."""
+"""Conversations that a model writes in batches: user turns, and the replies to them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_drop_vllm.engine.offline_generation import Completion, Generator, Request
-from lora_drop_vllm.training.generated_file import key, normalized
-from lora_drop_vllm.training.turns import Message, Turns, repeats
+from lora_drop_vllm.engine.offline_generation import Generator, Request
+from lora_drop_vllm.generation.generated_file import key, normalized
+from lora_drop_vllm.generation.turns import Message, Turns
 
 USER_TOKENS = 256  # tokens of a user's turn, at most
 USER_TOP_P = 0.99  # top-p for a user's turn, at temperature 1
 SPARE = 512  # tokens of a context for headers and a system prompt
-OPENING = 32  # tokens of an opening
 REPEATED = "repeated turn"
-LEAST = 16  # tokens of a continuation, at least
+LEAST = 16  # tokens that --max-tokens must allow, and of a continuation, at least
 SYSTEMS = (
     "",
     "You are a helpful assistant.",
@@ -86,15 +85,21 @@ class Conversations:
 
     Args:
         asked: conversations to answer, one per attempt; None samples the user's turns
+        student: the engine serves an adapter, whose loops are kept: training can cure them
 
     Attributes:
         context: tokens of the longest conversation, at most
     """
 
     def __init__(
-        self, tokenizer: Any, settings: Generation, asked: Sequence[list[Message]] | None
+        self,
+        tokenizer: Any,
+        settings: Generation,
+        asked: Sequence[list[Message]] | None,
+        student: bool = False,
     ) -> None:
-        self._turns, self._settings, self._asked = Turns(tokenizer), settings, asked
+        self._turns, self._settings = Turns(tokenizer, loops=student), settings
+        self._asked = asked
         self.context = settings.turns * (USER_TOKENS + settings.max_tokens) + SPARE
         for messages in asked or ():
             needed = len(self._turns.reply_prompt(messages)) + settings.max_tokens
@@ -134,7 +139,7 @@ class Conversations:
                     _end_repetitions(going, known, excluded, left_out)
         records = [_record(talk) for talk in talks if talk.tokens]
         if self._asked is None:  # in this batch, repetitions are told only now
-            records = _distinct(records, known, left_out)
+            records = distinct(records, known, left_out)
         return records, left_out
 
     def _begin(self, number: int) -> Talk:
@@ -174,7 +179,7 @@ class Conversations:
             talk.messages.append({"role": role, "content": answer.text.strip()})
             if role == "assistant":
                 talk.tokens += len(answer.tokens)
-                if answer.end == "length":
+                if answer.end != "stop":
                     talk.messages[-1]["cut"] = True
                     talk.open = False
 
@@ -194,61 +199,6 @@ class Conversations:
         return Request(prompt, USER_TOKENS, seed, 1.0, USER_TOP_P, ending.tokens, ending.text)
 
 
-class Continuations:
-    """Texts by attempt: a model without a chat template continues openings, or begins on its own.
-
-    Args:
-        openings: texts; the model continues their first tokens
-
-    Attributes:
-        context: tokens of the longest text, at most
-    """
-
-    def __init__(self, tokenizer: Any, settings: Generation, openings: Sequence[str]) -> None:
-        self._tokenizer, self._settings, self._openings = tokenizer, settings, openings
-        self.context = OPENING + settings.max_tokens
-
-    def write(
-        self,
-        numbers: Sequence[int],
-        engine: Generator,
-        context: int,
-        known: set[str],
-        excluded: set[str],
-        say: Callable[[str], Any],
-    ) -> tuple[list[dict[str, Any]], Counter[str]]:
-        """Records of the usable attempts, and the numbers of texts left out, by reason."""
-        prompts = [self._opening(number) for number in numbers]
-        greedy = [
-            bool(self._openings) and self._settings.random(number).random() < self._settings.greedy
-            for number in numbers
-        ]  # without openings there is only one greedy text
-        requests = [
-            self._settings.request(prompt, is_greedy, number)
-            for prompt, is_greedy, number in zip(prompts, greedy, numbers)
-        ]
-        say("continuations")
-        records, left_out = [], Counter[str]()
-        for number, prompt, is_greedy, answer in zip(numbers, prompts, greedy, engine(requests)):
-            if fault := _text_fault(answer):
-                left_out[fault] += 1
-                continue
-            text = self._tokenizer.decode(prompt, skip_special_tokens=True) + answer.text
-            record = {"text": text, "number": number, "greedy": is_greedy}
-            records.append(record | {"tokens": len(answer.tokens)})
-        return _distinct(records, known, left_out), left_out
-
-    def _opening(self, number: int) -> list[int]:
-        """Tokens to continue: those of an opening, or the token that begins a text."""
-        if not self._openings:
-            tokenizer = self._tokenizer
-            begin = tokenizer.bos_token_id
-            return [tokenizer.eos_token_id if begin is None else begin]
-        text = self._openings[number % len(self._openings)]
-        tokens: list[int] = self._tokenizer(text[: 16 * OPENING]).input_ids[:OPENING]
-        return tokens
-
-
 def _waits_for_reply(messages: Sequence[Message]) -> bool:
     return bool(messages) and messages[-1]["role"] == "user"
 
@@ -266,18 +216,18 @@ def _end_repetitions(
             left_out[REPEATED] += 1
 
 
-def _distinct(
+def distinct(
     records: Sequence[dict[str, Any]], known: set[str], left_out: Counter[str]
 ) -> list[dict[str, Any]]:
     """Records that repeat neither an earlier batch nor each other."""
-    seen, distinct = set(known), []
+    seen, found = set(known), []
     for record in records:
         if key(record) in seen:
             left_out[REPEATED] += 1
         else:
             seen.add(key(record))
-            distinct.append(record)
-    return distinct
+            found.append(record)
+    return found
 
 
 def _record(talk: Talk) -> dict[str, Any]:
@@ -286,9 +236,3 @@ def _record(talk: Talk) -> dict[str, Any]:
         messages = messages[:-1]  # its reply could not be used
     made = {"number": talk.number, "greedy": talk.greedy, "tokens": talk.tokens}
     return {"messages": messages} | made
-
-
-def _text_fault(answer: Completion) -> str | None:
-    if answer.end == "repetition" or repeats(answer.tokens):
-        return "repetition"
-    return "too short" if len(answer.tokens) < LEAST else None

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from chat_models import make_chat_model, make_chat_tokenizer
 from fake_generator import FakeEngine, answer, is_user, said
-from tiny import make_tokenizer
+from tiny import make_adapter, make_tokenizer
 
 from lora_drop_vllm.engine.offline_generation import Completion, Request
+from lora_drop_vllm.generation.conversations import SYSTEMS, Generation
+from lora_drop_vllm.generation.generate import BARREN, generate
+from lora_drop_vllm.generation.generated_file import alone
 from lora_drop_vllm.training.chat import Conversation, render
-from lora_drop_vllm.training.conversations import SYSTEMS, Generation
-from lora_drop_vllm.training.generate import BARREN, generate
-from lora_drop_vllm.training.generated_file import alone
 
 PLAIN = Generation(max_tokens=64)
 
@@ -236,3 +236,24 @@ def test_settings_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         made(chat_model, tmp_path / "a.jsonl", settings)
+
+
+def test_a_students_loops_are_kept_and_taught_without_an_end(
+    chat_model: str, tmp_path: Path
+) -> None:
+    def rule(request: Request) -> Completion:
+        return answer("and so on " * 40, "repetition")
+
+    asked = tmp_path / "asked.txt"
+    asked.write_text("How far is it?\nAnd how long?\n")
+    make_adapter(tmp_path / "adapter", Path(chat_model), drop_layers=[3, 5])
+    given = {"prompts": asked, "count": None}
+    assert made(chat_model, tmp_path / "base.jsonl", engine=FakeEngine(rule), **given) == []
+    engine = FakeEngine(rule)
+    given |= {"adapter": tmp_path / "adapter"}
+    lines = made(chat_model, tmp_path / "ours.jsonl", engine=engine, **given)
+    assert engine.adapter == tmp_path / "adapter" and len(lines) == 2
+    assert all(line["messages"][-1]["cut"] for line in lines)
+    make_adapter(tmp_path / "adapter", Path(chat_model), drop_layers=[3])
+    with pytest.raises(ValueError, match="made with adapter"):
+        made(chat_model, tmp_path / "ours.jsonl", engine=engine, **given)

@@ -21,22 +21,24 @@ from tqdm import tqdm
 
 from lora_drop_vllm.decode.pretrained import context_length, model_digest, model_name
 from lora_drop_vllm.engine.offline_generation import start_engine
-from lora_drop_vllm.training.conversations import (
+from lora_drop_vllm.generation.continuations import Continuations
+from lora_drop_vllm.generation.conversations import (
     USER_TOKENS,
     USER_TOP_P,
-    Continuations,
     Conversations,
     Generation,
 )
-from lora_drop_vllm.training.generated_file import (
+from lora_drop_vllm.generation.generated_file import (
     Generated,
     GeneratedFile,
     alone,
     read_user_turns,
 )
-from lora_drop_vllm.training.turns import Message
+from lora_drop_vllm.generation.turns import Message
+from lora_drop_vllm.method.adapter import CONFIG_FILE, TENSOR_FILE
 
 COUNT = 300  # documents by default, about a hundred thousand tokens
+ADAPTER_FILES = (CONFIG_FILE, TENSOR_FILE)
 BARREN = 256  # unusable attempts in a row after which the run fails
 
 
@@ -50,7 +52,8 @@ def generate(
     prompts: Path | None = None,
     openings: Sequence[str] = (),
     exclude: Sequence[str | Path] = (),
-    start: Callable[[str, int, int], Any] = start_engine,
+    adapter: Path | None = None,
+    start: Callable[[str, int, int, Path | None], Any] = start_engine,
 ) -> Generated:
     """Has a model write documents to `out`, or resumes the run that is in it.
 
@@ -63,7 +66,8 @@ def generate(
         prompts: conversations to answer, in place of sampled ones
         openings: texts whose beginnings a model without a chat template continues
         exclude: files of conversations; their user turns must not occur again
-        start: starts the engine for a model, a batch and a context
+        adapter: answer as the model does when it is served with this adapter; loops are kept
+        start: starts the engine for a model, a batch, a context and an adapter
 
     Raises:
         ValueError: settings or prompts cannot be used, or `out` was made with other settings.
@@ -76,13 +80,14 @@ def generate(
     most = len(asked) if asked else None
     count = COUNT if count is None and most is None else count
     tokenizer = AutoTokenizer.from_pretrained(model)
-    writer = _writer(tokenizer, settings, asked, openings)
+    writer = _writer(tokenizer, settings, asked, openings, student=adapter is not None)
     excluded = {turn for path in exclude for turn in read_user_turns(Path(path))}
     with alone(out):
-        file = GeneratedFile(out, _made_by(model, settings, prompts, openings, exclude))
+        made_by = _made_by(model, settings, prompts, openings, exclude, adapter)
+        file = GeneratedFile(out, made_by)
         if not _done(file, count, most):
             context = min(writer.context, context_length(model))
-            engine = start(model, batch, context)
+            engine = start(model, batch, context, adapter)
             file.add([], 0, Counter(), engine.facts)  # marks the file as ours
             _run(writer, engine, file, context, excluded, count, batch, most)
     return file.report()
@@ -94,6 +99,7 @@ def _made_by(
     prompts: Path | None,
     openings: Sequence[str],
     exclude: Sequence[str | Path],
+    adapter: Path | None,
 ) -> dict[str, Any]:
     """All that decides the text; a file resumes with the same only."""
     return {
@@ -105,6 +111,8 @@ def _made_by(
         "user_tokens": USER_TOKENS,
         "user_top_p": USER_TOP_P,
         "exclude": [Path(path).name for path in exclude],
+        "adapter": adapter
+        and _digest(b"".join((adapter / name).read_bytes() for name in ADAPTER_FILES)),
     }
 
 
@@ -117,11 +125,12 @@ def _writer(
     settings: Generation,
     asked: Sequence[list[Message]] | None,
     openings: Sequence[str],
+    student: bool,
 ) -> Conversations | Continuations:
     if getattr(tokenizer, "chat_template", None):
-        return Conversations(tokenizer, settings, asked)
+        return Conversations(tokenizer, settings, asked, student)
     texts = [messages[-1]["content"] for messages in asked or ()]
-    return Continuations(tokenizer, settings, texts or openings)
+    return Continuations(tokenizer, settings, texts or openings, student)
 
 
 def _done(file: GeneratedFile, count: int | None, most: int | None) -> bool:
