@@ -197,6 +197,17 @@ def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
         _check_lost(seam.target, seam.params, inspect.signature(found).parameters, seam.used_by)
 
 
+def lost(seams: Sequence[Seam] = SEAMS) -> list[str]:
+    """A message for each seam that the installed vLLM no longer offers."""
+    found = []
+    for seam in seams:
+        try:
+            check_seams([seam])
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
+
+
 def check_attributes(found: object, names: Sequence[str], used_by: str) -> None:
     """Raises when an object of vLLM lacks attributes that engine/ sets or reads."""
     kind = type(found)
