@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from lora_drop_vllm.hub import adapter_folder
 from lora_drop_vllm.method.adapter import MAX_LAYERS, BaseModel, load_tensors, read_config
 from lora_drop_vllm.method.adapter_folder import shown
 from lora_drop_vllm.method.allowed import ALLOWED, Allowed
@@ -113,7 +113,7 @@ def _is_floor(value: Any) -> bool:
 
 
 _SETTINGS = {
-    "adapter": _Setting(Allowed(str, "the path of an adapter folder", bool)),
+    "adapter": _Setting(Allowed(str, "a folder, or org/name on the Hugging Face Hub", bool)),
     "untrained": _Setting(Allowed(bool, "true or false", lambda value: True)),
     "k": _Setting(ALLOWED["k"], untrained=3),
     "rho": _Setting(ALLOWED["rho"], untrained=0.5),
@@ -207,7 +207,7 @@ def _resolve_adapter(settings: Mapping[str, Any], model: BaseModel) -> LoRADropC
             raise LoRADropConfigError(
                 f"lora_drop.{key}={shown(settings[key])}: the adapter decides it; leave it out."
             )
-    folder = Path(settings["adapter"])
+    folder = adapter_folder(settings["adapter"])
     adapter = read_config(folder)
     if adapter.base_model != model:
         raise LoRADropConfigError(

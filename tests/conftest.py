@@ -37,6 +37,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="a setting for `make test-matrix` only"))
 
 
+class OnDemand(dict[str, Any]):
+    """A dictionary that makes a value when it is first asked for."""
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        self.make = make
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = self.make(name)
+        return self[name]
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
@@ -56,9 +67,9 @@ def first_seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the tiny models by family."""
+    """Folders of the tiny models by their names in `tiny.VARIANTS`, made when first used."""
     root = tmp_path_factory.mktemp("models")
-    return {family: tiny.make_model(root / family, family) for family in tiny.FAMILIES}
+    return OnDemand(lambda name: tiny.make_model(root / name, name))
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +88,7 @@ def smooth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def hf_models(models: dict[str, Path]) -> dict[str, torch.nn.Module]:
     """The same models as Hugging Face modules in fp32, for the oracle."""
-    return {family: tiny.load_model(folder) for family, folder in models.items()}
+    return OnDemand(lambda name: tiny.load_model(models[name]))
 
 
 @pytest.fixture

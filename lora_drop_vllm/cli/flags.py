@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-from lora_drop_vllm.cli.values import MODEL, count, flag, numbers, positive, shares
+from lora_drop_vllm.cli.values import ADAPTER, MODEL, count, flag, numbers, positive, shares
 
 SYSTEMS = "an empty one, and five that name a helpful, terse or expert assistant"
 
@@ -15,7 +15,7 @@ def demo_flags(parser: ArgumentParser) -> None:
     from lora_drop_vllm.cli import demo
 
     of = demo.settings
-    flag(parser, of, "adapter", "adapter folder (default: the bundled one)", type=Path)
+    flag(parser, of, "adapter", f"{ADAPTER} (default: the bundled one)", type=Path)
     flag(parser, of, "untrained", "use no adapter: B = 0 and g = 1")
     flag(
         parser,
@@ -35,7 +35,7 @@ def playground_flags(parser: ArgumentParser) -> None:
     from lora_drop_vllm.playground.launch import Model, open_page
 
     parser.add_argument("model", nargs="?", help=f"{MODEL} (default: the demo's)")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help=ADAPTER)
     parser.add_argument("--untrained", action="store_true", help="use no adapter: B = 0 and g = 1")
     parser.add_argument(
         "--rho", type=float, metavar="X", help="share of the eligible layers that drop"
@@ -59,7 +59,7 @@ def playground_flags(parser: ArgumentParser) -> None:
 def check_flags(parser: ArgumentParser) -> None:
     """Flags of `lora-drop check`."""
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="adapter folder")
+    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help=ADAPTER)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -82,7 +82,7 @@ def evaluate_flags(parser: ArgumentParser) -> None:
     from lora_drop_vllm.evaluation.evaluate import evaluate
 
     parser.add_argument("model", nargs="?", help=MODEL)
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help=ADAPTER)
     flag(parser, evaluate, "text", "UTF-8 text for perplexity, KL and agreement", type=Path)
     flag(
         parser,

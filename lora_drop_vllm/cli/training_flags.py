@@ -77,8 +77,8 @@ def train_flags(parser: ArgumentParser) -> None:
         parser,
         train,
         "start",
-        "begin with a fitted adapter (fit), with B = 0 and g = 1 (zero), or with the adapter in a "
-        "folder",
+        "begin with a fitted adapter (fit), with B = 0 and g = 1 (zero), or with an adapter: a "
+        "folder, or org/name on the Hugging Face Hub",
         "--from",
         metavar="{fit,zero,DIR}",
     )

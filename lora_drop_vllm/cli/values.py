@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "model folder, or a name in the local Hugging Face cache"  # help of every command
+ADAPTER = "adapter: a folder, or org/name or org/name@revision on the Hugging Face Hub"
 
 
 def flag(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_drop_vllm.decode.keys_values import Places
+from lora_drop_vllm.decode.keys_values import Places, Rope
 from lora_drop_vllm.decode.masks import Span, causal_mask
 from lora_drop_vllm.decode.positions import Layout, Schedule, take
 
@@ -18,14 +18,14 @@ class Batch:
     """One batch as the layers need it; see `Schedule` and `Layout`.
 
     Attributes:
-        rope, full_rope: cos and sin, [N, T, head_dim] and of the full positions [N, F, head_dim]
+        rope, full_rope: of all positions [N, T] and of the full positions [N, F]
         mask: for layers outside D
         drop_mask: for layers in D; queries are the full positions
     """
 
     layout: Layout
-    rope: tuple[Tensor, Tensor]
-    full_rope: tuple[Tensor, Tensor]
+    rope: Rope
+    full_rope: Rope
     mask: Any
     drop_mask: Any
 
@@ -133,10 +133,9 @@ def _full_span(queries: Span, layout: Layout) -> Span:
     return Span(_rows(queries.column, layout.full_at), sequence)
 
 
-def _ropes(
-    model: Any, schedule: Schedule, layout: Layout
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Cos and sin of all positions, and of the full positions."""
-    rope = model.model.rotary_emb(model.model.embed_tokens.weight, schedule.position)
-    cos, sin = (take(part, layout.full_at) for part in rope)
-    return rope, (cos, sin)
+def _ropes(model: Any, schedule: Schedule, layout: Layout) -> tuple[Rope, Rope]:
+    """The rotary embedding of all positions, and of the full positions."""
+    cos, sin = model.model.rotary_emb(model.model.embed_tokens.weight, schedule.position)
+    full_cos, full_sin = (take(part, layout.full_at) for part in (cos, sin))
+    full = Rope(full_cos, full_sin, _rows(schedule.position, layout.full_at))
+    return Rope(cos, sin, schedule.position), full

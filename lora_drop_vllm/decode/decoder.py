@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_drop_vllm.decode.batch import Batch, Tail
-from lora_drop_vllm.decode.keys_values import AllPositions, Beside, Recorded
+from lora_drop_vllm.decode.keys_values import AllPositions, Beside, Recorded, Rope
 from lora_drop_vllm.decode.masks import use_backend
 from lora_drop_vllm.decode.positions import Layout, Schedule, sum_since_full, take
 from lora_drop_vllm.decode.trainable import Adapter
+from lora_drop_vllm.families import FAMILIES
 from lora_drop_vllm.kernels.reference import Update, drop_update, gated_change
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
 from lora_drop_vllm.method.reuse import REUSE, Reuse
 from lora_drop_vllm.method.sites import Site
 
-FAMILIES = ("llama", "qwen2")
 TOKENS_AT_ONCE = 2048  # per batch, if no gradient is needed
 
 
@@ -35,27 +35,28 @@ def base_model(model: Any) -> BaseModel:
         ValueError: the model has another family or sliding-window attention.
     """
     config = model.config
-    if config.model_type not in FAMILIES:
+    supported = [family.model_type for family in FAMILIES]
+    if config.model_type not in supported:
         raise ValueError(
-            f"model_type={config.model_type!r}: LoRA-Drop supports {' and '.join(FAMILIES)}; use "
+            f"model_type={config.model_type!r}: LoRA-Drop supports {', '.join(supported)}; use "
             "one of these models"
         )
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    if (window := getattr(config, "sliding_window", None)) is not None:
         raise ValueError(
-            "use_sliding_window=True: layers with sliding-window attention are not supported; use "
+            f"sliding_window={window}: layers with sliding-window attention are not supported; use "
             "a model without them"
         )
     return BaseModel.of(config)
 
 
 class ForcedDecoder:
-    """A Hugging Face Llama or Qwen2 model under LoRA-Drop.
+    """A Hugging Face model of one of the families in `families.py` under LoRA-Drop.
 
     The constructor freezes the model, puts it into evaluation mode and sets its attention backend.
     Only the adapter's parameters get gradients.
 
     Args:
-        model: `LlamaForCausalLM` or `Qwen2ForCausalLM`
+        model: `LlamaForCausalLM`, `Qwen2ForCausalLM` and so on
         adapter: an adapter for that model
         attention: `sdpa`, `flex` or `xformers`
         checkpoint: recompute each layer in the backward pass instead of keeping its activations
@@ -170,7 +171,7 @@ def run_layer(layer: Any, x: Tensor, batch: Batch, cache: Any = None) -> Tensor:
         cache: object that supplies the keys and values; see `keys_values`
     """
     out: Tensor = layer(
-        x, attention_mask=batch.mask, position_embeddings=batch.rope, past_key_values=cache
+        x, attention_mask=batch.mask, past_key_values=cache, **batch.rope.arguments()
     )
     return out
 
@@ -206,12 +207,12 @@ def halves(layer: Any, x: Tensor, batch: Batch) -> list[Tensor]:
     return _halves(layer, x, batch.rope, batch.mask, None)
 
 
-def _halves(layer: Any, before: Tensor, rope: Any, mask: Any, cache: Any) -> list[Tensor]:
+def _halves(layer: Any, before: Tensor, rope: Rope, mask: Any, cache: Any) -> list[Tensor]:
     attended, _ = layer.self_attn(
         hidden_states=layer.input_layernorm(before),
-        position_embeddings=rope,
         attention_mask=mask,
         past_key_values=cache,
+        **rope.arguments(),
     )
     middle = before + attended
     return [before, middle, middle + layer.mlp(layer.post_attention_layernorm(middle))]

@@ -6,9 +6,22 @@ An attention module passes its new K and V to `update` and attends to the result
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class Rope(NamedTuple):
+    """The rotary embedding of some positions: cos and sin, [N, L, head_dim] each, and [N, L]."""
+
+    cos: Tensor
+    sin: Tensor
+    position: Tensor
+
+    def arguments(self) -> dict[str, Any]:
+        """The embedding as decoder layers and attention modules take it."""
+        # only Ministral 3 reads the positions: it scales the queries by them
+        return {"position_embeddings": (self.cos, self.sin), "position_ids": self.position}
 
 
 class AllPositions:
@@ -16,19 +29,20 @@ class AllPositions:
 
     Args:
         x: [N, T, d]  the layer's input
-        rope: cos and sin, [N, T, head_dim] each
+        rope: of every position
     """
 
-    def __init__(self, layer: Any, x: Tensor, rope: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, layer: Any, x: Tensor, rope: Rope) -> None:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
         attn = layer.self_attn
         normed = layer.input_layernorm(x)
         heads = (*x.shape[:-1], -1, attn.head_dim)
-        key, self.value = (
-            project(normed).view(heads).transpose(1, 2) for project in (attn.k_proj, attn.v_proj)
-        )
-        _, self.key = apply_rotary_pos_emb(key, key, *rope)
+        key, value = (project(normed).view(heads) for project in (attn.k_proj, attn.v_proj))
+        if hasattr(attn, "k_norm"):  # Qwen3
+            key = attn.k_norm(key)
+        key, self.value = key.transpose(1, 2), value.transpose(1, 2)
+        _, self.key = apply_rotary_pos_emb(key, key, rope.cos, rope.sin)
 
     def update(self, *_: Any) -> tuple[Tensor, Tensor]:
         """K and V of all positions, [N, kv_heads, T, head_dim] each."""

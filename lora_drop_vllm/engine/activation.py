@@ -19,15 +19,13 @@ from lora_drop_vllm.config import (
     LoRADropConfigError,
     resolve,
 )
+from lora_drop_vllm.families import FAMILIES
 from lora_drop_vllm.method.adapter import BaseModel
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "LoRADropLlamaForCausalLM",
-    "Qwen2ForCausalLM": "LoRADropQwen2ForCausalLM",
-}
+ARCHITECTURES = {family.architecture: family.served for family in FAMILIES}
 SCHEDULER = "lora_drop_vllm.engine.scheduler.LoRADropScheduler"
 WORKERS = {
     "cpu": "lora_drop_vllm.engine.worker_cpu.LoRADropCPUWorker",

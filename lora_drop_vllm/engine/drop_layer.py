@@ -6,14 +6,13 @@ here and nowhere else: in full steps from the norm that adds them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.models.llama import LlamaDecoderLayer
-from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
 from vllm.utils.torch_utils import _encode_layer_name
 
 from lora_drop_vllm.config import LoRADropConfig
@@ -139,9 +138,11 @@ class DropLayer(nn.Module):
         attention = self.self_attn
         kv = self.kv_proj(self.input_layernorm(x))
         key, value = kv.split([attention.kv_size, attention.kv_size], dim=-1)
+        heads = (-1, attention.num_kv_heads, attention.head_dim)
+        if hasattr(attention, "k_norm"):  # Qwen3
+            key = attention.k_norm(key.reshape(heads)).view(key.shape)
         # the keys are passed as queries: the rotary op turns whatever heads it is given
         key, _ = attention.rotary_emb(positions, key.contiguous())
-        heads = (-1, attention.num_kv_heads, attention.head_dim)
         # the name is wrapped here, inside the traced forward, as vLLM's attention does it
         name = _encode_layer_name(attention.attn.layer_name)
         return torch.ops.vllm.unified_kv_cache_update(
@@ -149,18 +150,10 @@ class DropLayer(nn.Module):
         )
 
 
-class DropLlamaDecoderLayer(DropLayer, LlamaDecoderLayer):
-    """Llama's decoder layer with a LoRA step."""
-
-
-class DropQwen2DecoderLayer(DropLayer, Qwen2DecoderLayer):
-    """Qwen2's decoder layer with a LoRA step."""
-
-
-_DROP_CLASSES: dict[type[nn.Module], type[DropLayer]] = {
-    LlamaDecoderLayer: DropLlamaDecoderLayer,
-    Qwen2DecoderLayer: DropQwen2DecoderLayer,
-}
+@functools.cache
+def _drop_class(layer_class: type[nn.Module]) -> type[DropLayer]:
+    """A decoder layer of vLLM with a LoRA step."""
+    return type(f"Drop{layer_class.__name__}", (DropLayer, layer_class), {})
 
 
 def make_drop_layers(
@@ -207,7 +200,7 @@ def make_drop_layers(
 
 def _drop(layer: Any, kept: KeptStates, config: LoRADropConfig) -> None:
     """Turns one layer into a drop layer."""
-    layer.__class__ = _DROP_CLASSES[type(layer)]
+    layer.__class__ = _drop_class(type(layer))
     layer.kept, layer.run, layer.kv_proj = kept, None, None
     if not config.kv_skips:
         _write_kv_in_lora_steps(layer)

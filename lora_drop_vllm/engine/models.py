@@ -1,4 +1,4 @@
-"""Llama and Qwen2 with drop layers: vLLM's models and a second callable for LoRA steps."""
+"""vLLM's models with drop layers, and a second callable for LoRA steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from lora_drop_vllm.engine import attention
 from lora_drop_vllm.engine.activation import active_config
@@ -133,6 +135,14 @@ class LoRADropLlamaForCausalLM(LoRADropModel, LlamaForCausalLM):
 
 class LoRADropQwen2ForCausalLM(LoRADropModel, Qwen2ForCausalLM):
     """Qwen2 and Qwen2.5 with drop layers."""
+
+
+class LoRADropQwen3ForCausalLM(LoRADropModel, Qwen3ForCausalLM):
+    """Qwen3 (dense) with drop layers."""
+
+
+class LoRADropMistralForCausalLM(LoRADropModel, MistralForCausalLM):
+    """Mistral and Ministral 3 with drop layers."""
 
 
 def _adapter_tensors(adapter: str | None) -> dict[str, Tensor] | None:

@@ -19,7 +19,7 @@ def register() -> None:
 
     from lora_drop_vllm.engine.activation import ARCHITECTURES, install
 
-    for name in ARCHITECTURES.values():
+    for name in set(ARCHITECTURES.values()):
         ModelRegistry.register_model(name, f"lora_drop_vllm.engine.models:{name}")
     install()
 

@@ -19,7 +19,7 @@ def check_architecture(vllm_config: VllmConfig, allowed: list[str]) -> None:
         raise LoRADropConfigError(
             f"--model-impl lora_drop: {vllm_config.model_config.model} is a "
             f"{', '.join(architectures or ['model without an architecture'])}; supported are "
-            f"{' and '.join(allowed)}. Serve it without --model-impl lora_drop."
+            f"{', '.join(allowed)}. Serve it without --model-impl lora_drop."
         )
 
 

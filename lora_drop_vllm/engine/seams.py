@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_drop_vllm.families import FAMILIES
+
 
 @dataclass(frozen=True)
 class Seam:
@@ -143,15 +145,13 @@ SEAMS: tuple[Seam, ...] = (
         "drop_layer.py",
         ("x", "residual"),
     ),
-    Seam(
-        "vllm.model_executor.models.llama:LlamaDecoderLayer.forward",
-        "drop_layer.py",
-        ("positions", "hidden_states", "residual"),
-    ),
-    Seam(
-        "vllm.model_executor.models.qwen2:Qwen2DecoderLayer.forward",
-        "drop_layer.py",
-        ("positions", "hidden_states", "residual"),
+    *(
+        Seam(
+            f"vllm.model_executor.models.{name.lower()}:{name}DecoderLayer.forward",
+            "drop_layer.py",
+            ("positions", "hidden_states", "residual"),
+        )
+        for name in dict.fromkeys(family.vllm_name for family in FAMILIES)
     ),
     Seam(
         "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
@@ -195,6 +195,17 @@ def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
                 "widen the vLLM pin in pyproject.toml."
             ) from error
         _check_lost(seam.target, seam.params, inspect.signature(found).parameters, seam.used_by)
+
+
+def lost(seams: Sequence[Seam] = SEAMS) -> list[str]:
+    """A message for each seam that the installed vLLM no longer offers."""
+    found = []
+    for seam in seams:
+        try:
+            check_seams([seam])
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
 
 
 def check_attributes(found: object, names: Sequence[str], used_by: str) -> None:

@@ -43,7 +43,9 @@ from lora_drop_vllm.evaluation.tasks import (
     read_text,
     task_path,
 )
+from lora_drop_vllm.hub import adapter_folder
 from lora_drop_vllm.method.adapter import load_tensors, read_config
+from lora_drop_vllm.model_card import CARD, FIGURES, write_card
 from lora_drop_vllm.server_process import Endpoint, Server
 from lora_drop_vllm.training.chat import Reply
 from lora_drop_vllm.training.corpus import read_corpus
@@ -67,7 +69,7 @@ def evaluate(
 
     Args:
         model: folder or cached Hugging Face name; None if a server (`decoding.url`) decodes all
-        adapter: the adapter's folder; None like `model`
+        adapter: the adapter's folder, or its name on the Hugging Face Hub; None like `model`
         text: UTF-8 file for perplexity, KL and agreement
         chat: JSON lines of conversations; each reply is measured after its prompt
         tasks: `.jsonl` files, or names of such files in `data`
@@ -80,14 +82,13 @@ def evaluate(
         ValueError: nothing to evaluate on, or input that cannot be used.
         RuntimeError: the server failed.
     """
-    if text is None and chat is None and not tasks:
-        raise ValueError("nothing to evaluate on: give --text FILE, --chat FILE or --tasks NAME")
-    _check_folder(out)
+    _check_asked(text or chat or tasks, out)
     words = read_text(Path(text)) if text else ""
     read = [read_task(task_path(str(n), Path(data)), limit, decoding.num_fewshot) for n in tasks]
     decoded = [_decoded(task, decoding) for task in read if task.form is not Example]
     forced = [task for task in read if task.form is Example]
     _check_source(model, adapter, decoding.url, bool(text or chat or forced), bool(decoded))
+    adapter = adapter and adapter_folder(adapter)
     result = _named(model, adapter)
     if decoded:
         with _server(model, adapter, decoding) as server:
@@ -126,14 +127,19 @@ def _ask(
     return result
 
 
-def _check_folder(out: str | Path | None) -> None:
+def _check_asked(what: Any, out: str | Path | None) -> None:
+    if not what:
+        raise ValueError("nothing to evaluate on: give --text FILE, --chat FILE or --tasks NAME")
     if out is not None and not Path(out).parent.is_dir():
         raise ValueError(f"--json {out}: there is no folder {Path(out).parent}; make it first")
 
 
 def _write(result: EvaluateResult, out: str | Path | None) -> None:
     if out is not None:
-        Path(out).write_text(json.dumps(result.report(), indent=2) + "\n")
+        out = Path(out)
+        out.write_text(json.dumps(result.report(), indent=2) + "\n")
+        if out.name == FIGURES and (out.parent / CARD).is_file() and result.adapter:
+            write_card(out.parent, result.adapter)
 
 
 def _check_source(

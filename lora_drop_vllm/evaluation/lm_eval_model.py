@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.positions import Schedule, rows, take
 from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.evaluation.scoring import Candidate, score
+from lora_drop_vllm.hub import adapter_folder
 from lora_drop_vllm.method.adapter import load_tensors, read_config
 
 OTHER_MODELS = ("autogptq", "delta", "gguf_file", "gptqmodel", "parallelize", "peft", "tp_plan")
@@ -38,11 +38,11 @@ def run(arguments: Sequence[str]) -> None:
 
 @register_model("lora_drop")
 class LoRADropLM(HFLM):  # type: ignore[misc]
-    """A Hugging Face Llama or Qwen2 model with an adapter, for lm-eval.
+    """A Hugging Face model with an adapter, for lm-eval.
 
     Args:
         pretrained: model folder, or a name in the local Hugging Face cache
-        adapter: the adapter's folder
+        adapter: the adapter's folder, or its name on the Hugging Face Hub
         k: LoRA steps between two full steps, instead of the adapter's k; 0 is the base model
         options: those of lm-eval's model `hf`
 
@@ -63,9 +63,10 @@ class LoRADropLM(HFLM):  # type: ignore[misc]
         for name in OTHER_MODELS:
             if options.get(name):
                 raise refuse(name, options[name], "not supported with LoRA-Drop; leave it out")
-        config = read_config(Path(adapter))
+        folder = adapter_folder(adapter)
+        config = read_config(folder)
         config = config if k is None else replace(config, k=k)
-        tensors = load_tensors(Path(adapter), config)
+        tensors = load_tensors(folder, config)
         try:
             super().__init__(pretrained, backend="causal", **options)
         except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any
 from lora_drop_vllm.decode.decoder import base_model
 from lora_drop_vllm.decode.pretrained import model_name, open_model
 from lora_drop_vllm.method.adapter import AdapterConfig, save_adapter
+from lora_drop_vllm.model_card import write_card
 from lora_drop_vllm.training.corpus import read_corpus, remark
 from lora_drop_vllm.training.layerwise import fit_tensors
 from lora_drop_vllm.training.profiler import measure, read_profile
@@ -69,6 +70,7 @@ def fit(
     config = new_config(model, base, settings, samples, profile)
     save_adapter(out, config, fit_tensors(base, samples, config), DTYPES[settings.dtype])
     used = sum(s.count for s in samples)
+    write_card(out, config, f"Made by `lora-drop fit` from {used} tokens.")
     return FitResult(out, config, used, texts.skipped)
 
 

@@ -19,12 +19,14 @@ from tqdm import tqdm
 
 from lora_drop_vllm.decode.decoder import base_model
 from lora_drop_vllm.decode.pretrained import model_name, open_model
+from lora_drop_vllm.hub import adapter_folder
 from lora_drop_vllm.method.adapter import (
     AdapterConfig,
     load_tensors,
     read_config,
     save_adapter,
 )
+from lora_drop_vllm.model_card import write_card
 from lora_drop_vllm.plots import plot_training, require_matplotlib
 from lora_drop_vllm.training.checkpoint import Checkpoint, append_log, read_log, write_log
 from lora_drop_vllm.training.corpus import Corpus, read_corpus, remark
@@ -82,7 +84,7 @@ def train(
         settings: which layers drop, k, rank and the length of a row
         plan: steps, batch, learning rate and the weights of the losses
         out: folder of the adapter, its log and its checkpoint; made if it is not there
-        start: `fit`, `zero` (B = 0, g = 1), or the folder of an adapter
+        start: `fit`, `zero` (B = 0, g = 1), or an adapter's folder or name on the hub
         profile: a `profile.json` that scores the layers
         plots: draw `training.png` into `out` (needs matplotlib)
 
@@ -164,7 +166,9 @@ def run_to_the_end(
             if writes:
                 append_log(out, entry)
                 if trainer.step % plan.save_every == 0 or trainer.step == plan.steps:
-                    save_adapter(out, trainer.adapter.config, trainer.adapter.tensors(), dtype)
+                    config = trainer.adapter.config
+                    save_adapter(out, config, trainer.adapter.tensors(), dtype)
+                    write_card(out, config, f"Made by `lora-drop train`, {trainer.step} steps.")
                     trainer.checkpoint().save(out)  # last, after the files it vouches for
     return log
 
@@ -184,9 +188,10 @@ def begin(
         ValueError: the settings, the profile or the adapter cannot be used.
     """
     if start not in ("fit", "zero"):
-        config = read_config(Path(start))
+        folder = adapter_folder(start)
+        config = read_config(folder)
         settings.check_agrees(config, start)
-        return config, load_tensors(Path(start), config)
+        return config, load_tensors(folder, config)
     settings.check(base_model(base))
     samples = sample(base, tokenizer, corpus, settings)
     config = new_config(model, base, settings, samples, profile)

@@ -63,11 +63,11 @@ def test_bad_settings_reach_the_user(models: dict[str, Path]) -> None:
         engine_config(models["llama"], UNTRAINED | {"k": -1})
 
 
-def mistral(folder: Path, **changes: Any) -> Path:
-    from transformers import MistralConfig
+def config_of(family: str, folder: Path, **changes: Any) -> Path:
+    import transformers
 
-    MistralConfig(
-        architectures=["MistralForCausalLM"],
+    getattr(transformers, f"{family}Config")(
+        architectures=[f"{family}ForCausalLM"],
         vocab_size=64,
         hidden_size=64,
         intermediate_size=64,
@@ -80,8 +80,13 @@ def mistral(folder: Path, **changes: Any) -> Path:
 
 
 def test_another_architecture(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a MistralForCausalLM; supported are Llama"):
-        engine_config(mistral(tmp_path))
+    with pytest.raises(ValueError, match="is a GraniteForCausalLM; supported are Llama"):
+        engine_config(config_of("Granite", tmp_path))
+
+
+def test_a_sliding_window_in_every_layer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not support models with sliding-window attention"):
+        engine_config(config_of("Mistral", tmp_path, sliding_window=64))
 
 
 def test_sliding_window_layers(models: dict[str, Path], tmp_path: Path) -> None:

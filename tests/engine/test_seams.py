@@ -16,13 +16,18 @@ def test_every_seam_is_there() -> None:
 
 
 def test_a_lost_seam_stops_with_the_file_to_port() -> None:
-    from lora_drop_vllm.engine.seams import Seam, check_seams
+    from lora_drop_vllm.engine.seams import SEAMS, Seam, check_seams, lost
 
     with pytest.raises(RuntimeError, match=r"engine/scheduler.py relies on it"):
         check_seams([Seam("vllm.v1.core.sched.scheduler:NoSuchClass", "scheduler.py")])
-    lost = Seam("vllm.v1.core.sched.scheduler:Scheduler.make_stats", "scheduler.py", ("gone",))
+    target = "vllm.v1.core.sched.scheduler:Scheduler.make_stats"
+    lost_parameter = Seam(target, "scheduler.py", ("gone",))
     with pytest.raises(RuntimeError, match=r"lost \['gone'\]"):
-        check_seams([lost])
+        check_seams([lost_parameter])
+    assert lost([*SEAMS, lost_parameter]) == [
+        f"{target} lost ['gone']; engine/scheduler.py relies on them. Port that file, then widen "
+        "the vLLM pin in pyproject.toml."
+    ]
 
 
 def test_lost_switches_of_partial_prefix_hits_stop_the_start(
@@ -56,9 +61,9 @@ def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plugin.check_vllm_version()
     version = metadata.version
     monkeypatch.setattr(
-        metadata, "version", lambda name: "0.33.0" if name == "vllm" else version(name)
+        metadata, "version", lambda name: "9.9.9" if name == "vllm" else version(name)
     )
-    with pytest.raises(RuntimeError, match=r"works with vllm==0.32.*vllm 0.33.0 is installed"):
+    with pytest.raises(RuntimeError, match=r"works with vllm==.*vllm 9\.9\.9 is installed"):
         plugin.check_vllm_version()
 
 

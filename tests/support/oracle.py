@@ -133,6 +133,8 @@ class Oracle:
         attn, hd = layer.self_attn, self._head_dim()
         k = attn.k_proj(normed).view(len(positions), -1, hd)
         v = attn.v_proj(normed).view(len(positions), -1, hd)
+        if hasattr(attn, "k_norm"):
+            k = attn.k_norm(k)
         cos, sin = self._rope(k, positions)
         self.keys.setdefault(i, []).extend(_rotate(k, cos, sin))
         self.values.setdefault(i, []).extend(v)
@@ -142,8 +144,10 @@ class Oracle:
         seen = len(self.keys.get(i, ()))
         self._append(i, layer, normed, positions)
         q = attn.q_proj(normed).view(len(positions), -1, hd)
+        if hasattr(attn, "q_norm"):
+            q = attn.q_norm(q)
         cos, sin = self._rope(q, positions)
-        q = _rotate(q, cos, sin).float()
+        q = _rotate(q, cos, sin).float() * self._query_scale(positions)
         keys = torch.stack(self.keys[i]).float()
         values = torch.stack(self.values[i]).float()
         groups = q.shape[1] // keys.shape[1]
@@ -158,6 +162,14 @@ class Oracle:
     def _head_dim(self) -> int:
         c = self.config
         return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+    def _query_scale(self, positions: list[int]) -> Any:
+        """Ministral 3's factor of the queries, [T, 1, 1]; 1 for the other families."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if "llama_4_scaling_beta" not in rope:
+            return 1.0
+        times = torch.tensor(positions) // rope["original_max_position_embeddings"]
+        return (1 + rope["llama_4_scaling_beta"] * torch.log(1.0 + times))[:, None, None]
 
     def _rope(self, like: Tensor, positions: list[int]) -> tuple[Tensor, Tensor]:
         cos, sin = self.model.model.rotary_emb(like[None], torch.tensor([positions]))

@@ -13,12 +13,33 @@ from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel, save_adapter
 from lora_drop_vllm.method.layers import eligible_layers
 
 VOCAB = 512
-FAMILIES = ("llama", "qwen2", "qwen2_tied")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "ministral3")
+ROPE = {"rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 256}
+LLAMA3_ROPE = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SHORT = {"original_max_position_embeddings": 8}
+YARN = ROPE | {"rope_type": "yarn"}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name of the classes, settings
+    "llama": ("Llama", {}),
+    "llama3_rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2_yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"head_dim": 64}),  # the heads are wider than the stream
+    "mistral": ("Mistral", {"head_dim": 32, "sliding_window": None}),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 32,
+            "rope_parameters": YARN | SHORT | {"factor": 256.0, "llama_4_scaling_beta": 0.5},
+            "llama_4_scaling": SHORT | {"beta": 0.5},  # the same where vLLM looks for it
+        },
+    ),
+}
 
 
 def make_model(folder: Path, family: str, num_layers: int = 8) -> Path:
     """Saves a random model whose argmax is far from ties; returns its folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
     torch.manual_seed(7)
     sizes: dict[str, Any] = dict(
@@ -29,19 +50,18 @@ def make_model(folder: Path, family: str, num_layers: int = 8) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
-        tie_word_embeddings=family == "qwen2_tied",
         initializer_range=0.2,
         bos_token_id=1,
         eos_token_id=2,
     )
-    model: Any
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**sizes))
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
-        for layer in model.model.layers:  # a bias of zero would test nothing
-            for projection in ("q_proj", "k_proj", "v_proj"):
-                torch.nn.init.normal_(getattr(layer.self_attn, projection).bias, std=0.5)
+    name, changes = VARIANTS[family]
+    config = getattr(transformers, f"{name}Config")(**(sizes | changes))
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter, value in model.named_parameters():
+        if parameter.endswith("proj.bias"):  # a bias of zero would test nothing
+            torch.nn.init.normal_(value, std=0.5)
+        elif "_norm." in parameter:  # nor a norm of Qwen3's queries and keys of one
+            torch.nn.init.normal_(value, mean=1.0, std=0.5)
     model.save_pretrained(folder)
     return folder
 

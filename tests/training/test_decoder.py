@@ -10,7 +10,7 @@ import tiny
 import torch
 from oracle import Forced
 from serving import settings_of
-from tiny import FAMILIES, VOCAB, make_adapter
+from tiny import FAMILIES, VARIANTS, VOCAB, make_adapter
 from torch import Tensor
 
 from lora_drop_vllm.decode.decoder import ForcedDecoder
@@ -93,8 +93,8 @@ def test_a_sequence_in_two_pieces_is_refused() -> None:
 
 SETTINGS = [
     pytest.param(family, *c.values, id=f"{family}-{c.id}")
-    for family in FAMILIES
-    for c in (COMBINATIONS if family != "qwen2_tied" else COMBINATIONS[:1])
+    for family in VARIANTS
+    for c in (COMBINATIONS if family in FAMILIES else COMBINATIONS[:1])
 ]
 
 
@@ -119,7 +119,7 @@ def test_logits_are_the_oracles(
     with torch.no_grad():
         want = oracle_logits(model, config, tensors, tokens, schedule)
         got = own_positions(decoder.logits(decoder.hidden(tokens, schedule)), schedule)
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(got, want, atol=3e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kv", ["skip", "write"])

@@ -148,6 +148,7 @@ def test_the_command_writes_an_adapter_that_loads(
     assert resolve({"adapter": str(tmp_path / "a")}, base).drop_layers == (4, 5)
     assert resolve({"adapter": str(tmp_path / "b")}, base).drop_layers == (3, 6)
     config = read_config(tmp_path / "b")
+    assert "Made by `lora-drop fit` from 1024 tokens." in (tmp_path / "b/README.md").read_text()
     modes = {path.stat().st_mode for path in (tmp_path / "b").iterdir()}
     assert len(modes) == 1, "who may read the config may read the tensors"
     assert {t.dtype for t in load_tensors(tmp_path / "b", config).values()} == {torch.bfloat16}
