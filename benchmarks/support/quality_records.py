@@ -35,5 +35,6 @@ def finished() -> list[Record]:
 
 def last_of_each(records: Sequence[Record]) -> list[Record]:
     """The last record of each adapter, by name."""
-    last = {r["settings"]["adapter"]: r for r in records}
+    by_time = sorted(records, key=lambda r: r["utc"])
+    last = {r["settings"]["adapter"]: r for r in by_time}
     return [last[name] for name in sorted(last)]
