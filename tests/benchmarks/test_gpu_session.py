@@ -62,9 +62,11 @@ def test_every_stage_of_a_gpu_session_is_a_command_that_parses() -> None:
 # a server of its own session that stands still, as between two blocks of a measurement
 SERVER = """
 import os, signal, subprocess, sys, time
-server = subprocess.Popen(["sleep", "600"], start_new_session=True)
+serve = "trap 'echo ended >&2; exit' TERM; echo $$; while :; do sleep 0.1; done"
+server = subprocess.Popen(["sh", "-c", serve], stdout=subprocess.PIPE, start_new_session=True)
+sys.stdout.buffer.write(server.stdout.readline())
+sys.stdout.flush()
 os.kill(server.pid, signal.SIGSTOP)
-print(server.pid, flush=True)
 """
 
 
@@ -77,10 +79,12 @@ print(server.pid, flush=True)
     ids=["out of time", "killed"],
 )
 def test_nothing_of_a_stage_outlives_it(tmp_path: Path, then: str, status: str) -> None:
+    """Not even a stopped server, which is let go on so that it can end by itself."""
     stage = gpu_session.Stage("leaves", (sys.executable, "-c", SERVER + then))
     assert gpu_session.run(stage, tmp_path, 3)["status"] == status
-    server = int((tmp_path / "leaves.txt").read_text())
-    assert not psutil.pid_exists(server)
+    said = (tmp_path / "leaves.txt").read_text().split()
+    assert said[-1] == "ended"
+    assert not psutil.pid_exists(int(said[0]))
 
 
 def test_a_stage_that_cannot_fit_is_refused_with_its_figure(
@@ -99,6 +103,66 @@ def test_a_stage_that_cannot_fit_is_refused_with_its_figure(
     assert ended.value.code == 0
     assert "large: refused: needs 100 of 76 GB" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"turns.txt", "session.jsonl"}
+
+
+class FakeEngine:
+    """An engine that knows how many live beside it, and answers with constant times."""
+
+    alive: list[str] = []
+    most = 0
+    asked: set[int | None] = set()  # k, of the LoRA-Drop engine
+
+    def __init__(self, model: str, settings: Any, arguments: dict[str, Any]) -> None:
+        self.ours = settings is not None
+        self.alive.append(model)
+        FakeEngine.most = max(self.most, len(self.alive))
+
+    def wait(self) -> None:
+        pass
+
+    def decode(self, batch: int, prompt: int, tokens: int, k: int | None) -> dict[str, Any]:
+        if self.ours:
+            self.asked.add(k)
+        steps = (tokens - 1) - (tokens - 1) // ((k or 0) + 1)
+        return {"times": [1.0] * (tokens - 1), "lora_steps": steps, "gpu_bytes": 0}
+
+    def close(self) -> None:
+        self.alive.pop()
+
+
+@pytest.mark.parametrize(("card", "most"), [(80, 3), (50, 1), (20, 0)], ids=lambda n: str(n))
+def test_engines_that_do_not_fit_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: int, most: int
+) -> None:
+    """Three engines of 55 GB, the largest of 21; k = 0 is asked of the LoRA-Drop engine."""
+    records: list[dict[str, Any]] = []
+    monkeypatch.setattr(FakeEngine, "most", 0)
+    monkeypatch.setattr(FakeEngine, "asked", set())
+    monkeypatch.setattr(decode_latency, "Engine", FakeEngine)
+    monkeypatch.setattr(decode_latency.record, "write", lambda *args: records.append(args[2]))
+    monkeypatch.setattr(gpu_memory, "card_bytes", lambda: card * 10**9)
+    given = decode_latency.parse(["--model", "llama-3-8b", "--tokens", "41", "--rounds", "1"])
+    if most == 0:
+        with pytest.raises(ValueError, match=r"--model llama-3-8b --batch 1: refused: needs 21 of"):
+            decode_latency.run(given, tmp_path)
+        assert FakeEngine.most == 0
+        return
+    decode_latency.run(given, tmp_path)
+    assert FakeEngine.most == most and not FakeEngine.alive
+    assert FakeEngine.asked == {0, 3}
+    (found,) = records  # once all variants have run
+    assert set(found["ms_per_token"]) == {"stock", "fewer_layers", "lora_drop", "k0"}
+
+
+def test_servers_that_do_not_fit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three are up at once, so that their turns are short."""
+    monkeypatch.setattr(gpu_memory, "card_bytes", lambda: 80_000_000_000)
+    monkeypatch.setattr(serve_latency, "started", lambda *args: pytest.fail("one was started"))
+    (stage,) = [s for s in gpu_session.stages() if s.name == "serve_llama-2-7b"]
+    with pytest.raises(SystemExit, match=r"three servers at once are refused: needs 88 of 76 GB"):
+        serve_latency.main([*stage.command[2:]])
 
 
 def test_a_dry_run_has_a_verdict_for_both_cards(capsys: pytest.CaptureFixture[str]) -> None:
