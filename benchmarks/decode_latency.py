@@ -150,7 +150,10 @@ def run(given: argparse.Namespace, scratch: Path) -> None:
     if card := gpu_memory.card_bytes():
         how = gpu_memory.plan(list(needs(given).values()), card, take_turns=True)
         if how.startswith("refused"):
-            raise ValueError(f"--model {given.model} --batch {max(given.batch)}: {how}")
+            raise ValueError(
+                f"--model {given.model} --batch {max(given.batch)}: {how}; lower --batch, or take "
+                "a smaller model"
+            )
         together = how == "together"
     rounds: dict[tuple[int, int], Times] = defaultdict(dict)
     held: dict[tuple[int, int], dict[str, int]] = defaultdict(dict)

@@ -18,6 +18,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -185,6 +186,7 @@ def main() -> None:
     if given.dry_run:
         dry_run()
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stage at hand ends with us
     end = time.monotonic() + 60 * given.minutes
     given.out.mkdir(parents=True, exist_ok=True)
     log = given.out / "session.jsonl"

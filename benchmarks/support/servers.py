@@ -143,7 +143,10 @@ def check_memory(subject: Subject, given: argparse.Namespace) -> None:
     card = gpu_memory.card_bytes()
     how = card and gpu_memory.plan(list(needs(subject.config, given).values()), card, False)
     if how and how != "together":
-        raise ValueError(f"--model {subject.name}: three servers at once are {how}")
+        raise ValueError(
+            f"--model {subject.name}: three servers at once are {how}; lower --concurrency or "
+            "--context, or take a smaller model"
+        )
 
 
 def engine_flags(subject: Subject, given: argparse.Namespace) -> list[str]:

@@ -132,6 +132,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache", "cuda_graphs.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker._make_model_runner", "worker_gpu.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.execute_model", "worker.py", ("scheduler_output",)),
+    Seam("vllm.v1.worker.gpu_worker:Worker.reload_weights", "worker_cpu.py"),
     # what is called
     Seam("vllm.compilation.backends:set_model_tag", "models.py", ("tag",)),
     Seam(
@@ -139,6 +140,7 @@ SEAMS: tuple[Seam, ...] = (
         "attention.py",
         ("head_size", "dtype", "kv_cache_dtype", "num_heads"),
     ),
+    Seam("vllm.utils.torch_utils:_encode_layer_name", "drop_layer.py", ("layer_name",)),
     # module layouts the drop layer runs on
     Seam(
         "vllm.model_executor.layers.layernorm:RMSNorm.forward_native",

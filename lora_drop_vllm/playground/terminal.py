@@ -94,7 +94,8 @@ def _write_unlikely(answer: Answer, opinions: Sequence[Opinion], out: TextIO, co
     """A line for each token that the base model finds unlikely, with what it would have taken."""
     kinds = "".join(piece.kinds for piece in answer.pieces)
     rows = [(n, opinion) for n, opinion in enumerate(opinions) if opinion.unlikely]
-    out.write(f"{len(rows)} tokens that the base model finds unlikely")
+    many = "token" if len(rows) == 1 else "tokens"
+    out.write(f"{len(rows)} {many} that the base model finds unlikely")
     out.write(" (less than a tenth of its first choice):\n" if rows else "\n")
     for n, opinion in rows:
         best = opinion.top[0]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,30 @@ def test_nothing_of_a_stage_outlives_it(tmp_path: Path, then: str, status: str) 
     said = (tmp_path / "leaves.txt").read_text().split()
     assert said[-1] == "ended"
     assert not psutil.pid_exists(int(said[0]))
+
+
+# the session with one such stage, on a machine without a GPU
+SESSION = f"""
+import sys, gpu_session
+stage = gpu_session.Stage("leaves", (sys.executable, "-c", {SERVER + "time.sleep(600)"!r}))
+gpu_session.stages = lambda: [stage]
+gpu_session.gpu_memory.card_bytes = lambda: None
+gpu_session.main()
+"""
+
+
+def test_nothing_outlives_a_session_that_is_terminated(tmp_path: Path) -> None:
+    session = subprocess.Popen(
+        [sys.executable, "-c", SESSION, "--out", str(tmp_path)],
+        cwd=gpu_session.ROOT / "benchmarks",
+    )
+    log, deadline = tmp_path / "leaves.txt", time.monotonic() + 120
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    server = int(log.read_text())
+    session.terminate()
+    assert session.wait(60) == 143
+    assert not psutil.pid_exists(server)
 
 
 def test_a_stage_that_cannot_fit_is_refused_with_its_figure(

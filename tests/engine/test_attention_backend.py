@@ -46,10 +46,15 @@ def test_vllms_choice_gives_way_to_one_that_fits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from lora_drop_vllm.engine import attention
+
+    said: list[str] = []
+    monkeypatch.setattr(attention.logger, "info", lambda text, *args: said.append(text % args))
     backends = {None: attention_backends.FIXED, "TRITON_ATTN": attention_backends.CPU}
     attention_backends.offer(monkeypatch, backends)
     engine = served_as_the_oracle(serve, models["llama"], hf_models["llama"], tmp_path)
     assert engine.runner.vllm_config.attention_config.backend.name == "TRITON_ATTN"
+    assert said[0].startswith("LoRA-Drop attention backend: TRITON_ATTN instead of vLLM's choice")
     assert len(engine.scheduler.kv_cache_config.kv_cache_groups) == 2
 
 

@@ -23,9 +23,9 @@ def picture(browser: Any, address: str, scheme: str, target: Path) -> None:
     """One answered prompt, the card of an underlined token open."""
     page = browser.new_page(viewport=SIZE, color_scheme=scheme, device_scale_factor=1.5)
     page.goto(f"{address}/#max_tokens={TOKENS}")
-    page.fill("#prompt", PROMPT)
-    page.click("#run")
-    page.wait_for_selector("#status:has-text('Both have answered')", state="attached", timeout=0)
+    ask(page)  # the first steps of a server are slower
+    page.click("#new")
+    ask(page)
     tokens = page.query_selector_all("#lora .token.lora.unlikely")
     tokens[len(tokens) // 2].hover()
     bottom = page.evaluate(
@@ -36,6 +36,13 @@ def picture(browser: Any, address: str, scheme: str, target: Path) -> None:
     page.screenshot(path=target, clip=clip)
     page.close()
     print(target)
+
+
+def ask(page: Any) -> None:
+    """Asks the prompt and waits for both answers."""
+    page.fill("#prompt", PROMPT)
+    page.click("#run")
+    page.wait_for_selector("#status:has-text('Both have answered')", state="attached", timeout=0)
 
 
 def main() -> None:

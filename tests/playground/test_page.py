@@ -167,7 +167,7 @@ def test_a_conversation_goes_on_with_each_columns_own_answers(
 
 
 def test_stop_hangs_up_and_scores_what_is_there(page: Any, fake: StreamingFake) -> None:
-    fake.tokens, fake.pause = fake.tokens * 50, 0.02
+    fake.tokens, fake.pause = fake.tokens * 50, 0.2  # a minute and a half, unless stopped
     page.fill("#prompt", "Why?")
     page.click("#run")
     page.wait_for_selector("#base .token:nth-child(5)")
@@ -218,7 +218,7 @@ def test_a_link_holds_the_settings(page: Any, fake: StreamingFake, browser: Any)
 
 
 def test_side_by_side_asks_both_at_once(page: Any, fake: StreamingFake) -> None:
-    fake.tokens, fake.pause = fake.tokens * 4, 0.02
+    fake.tokens, fake.pause = fake.tokens * 50, 0.2
     page.click("summary")
     assert page.is_hidden("#side-note")
     page.check("#side")
@@ -227,6 +227,7 @@ def test_side_by_side_asks_both_at_once(page: Any, fake: StreamingFake) -> None:
     page.click("#run")
     page.wait_for_selector("#lora .token")
     assert page.query_selector("#base .waiting")
+    page.click("#stop")
     done(page)
 
 
