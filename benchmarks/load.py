@@ -94,8 +94,11 @@ class Turns:
     def bursts(self, most: int) -> tuple[float, dict[str, list[dict[str, float]]]]:
         """The first pass: stock vLLM's saturation in requests/s, and the figures of all bursts.
 
-        LoRA-Drop answers the same bursts, from which a cost model is fitted.
+        LoRA-Drop answers the same bursts, from which a cost model is fitted. A request to each
+        server comes before, to warm up.
         """
+        for name in self.up:
+            self.run(name, Offer(1))
         found: dict[str, list[dict[str, float]]] = {"stock": [], "now": []}
 
         def seconds(size: int) -> float:
