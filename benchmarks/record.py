@@ -1,4 +1,4 @@
-"""Renders the newest records into README.md and docs/results.md, as tables and a picture.
+"""Renders the newest records into README.md and docs/results.md, as tables and pictures.
 
 python benchmarks/record.py                renders
 python benchmarks/record.py --repeats      says how far repeated runs agree
@@ -11,10 +11,12 @@ import re
 from pathlib import Path
 
 from support import overview, overview_plot, plots, record, tables
+from support.load import picture as load_picture
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 PICTURE = ROOT / "docs" / "speed_over_kl.png"
+LOAD_PICTURE = ROOT / "docs" / "load.png"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -59,6 +61,8 @@ def main() -> None:
     for page in PAGES:
         page.write_text(rendered(page))
     overview_plot.draw(overview.points(), PICTURE)
+    if records := load_picture.shown():
+        load_picture.draw(records, LOAD_PICTURE)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def dry(models: dict[str, Path]) -> Callable[..., Any]:
     """`dry(**setup)` starts an engine that keeps books in the place of a model."""
     pytest.importorskip("vllm")
     from dry_engine import DryEngine
-    from dry_scheduler import Setup, prepare
+    from dry_scheduler import Setup
+    from support.load.dry_core import prepare
 
     config = prepare(models["llama"])
     plain: dict[str, Any] = dict(

@@ -105,6 +105,14 @@ def test_the_picture_is_of_the_records() -> None:
     assert overview.digest(overview.points()).encode() in record.PICTURE.read_bytes()
 
 
+def test_the_picture_of_load_is_of_the_records() -> None:
+    import record
+    from support.load import picture
+
+    if records := picture.shown():
+        assert picture.digest(records).encode() in record.LOAD_PICTURE.read_bytes()
+
+
 def test_the_wheel_ships_the_demos_adapter_only() -> None:
     from lora_drop_vllm.cli.demo import BUNDLED_ADAPTER
 

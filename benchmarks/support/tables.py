@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from support.load import tables as load_tables
+
 Record = dict[str, Any]
 
 
 def of(records: Sequence[Record]) -> str:
-    """One table per benchmark among the records; none of these failed."""
+    """The tables of each benchmark among the records; none of these failed."""
     found = []
-    for benchmark, (header, rows) in TABLES.items():
-        lines = [row for r in records if r["benchmark"] == benchmark for row in rows(r)]
-        if lines:
-            names = header.split("|")
-            found.append("\n".join(_line(cells) for cells in (names, ["---"] * len(names), *lines)))
+    for benchmark, table in TABLES.items():
+        for header, rows in (table, *FURTHER.get(benchmark, ())):
+            lines = [row for r in records if r["benchmark"] == benchmark for row in rows(r)]
+            if lines:
+                names = header.split("|")
+                cells = (names, ["---"] * len(names), *lines)
+                found.append("\n".join(_line(line) for line in cells))
     return "\n\n".join(found)
 
 
@@ -145,7 +149,10 @@ def machine_name(r: Record) -> str:
     return found.get("gpu") or f"{found['cores']} cores of {found['cpu']}"
 
 
-TABLES: dict[str, tuple[str, Callable[[Record], list[list[str]]]]] = {
+Table = tuple[str, Callable[[Record], list[list[str]]]]  # header, and the rows of a record
+# second tables of the same records
+FURTHER: dict[str, list[Table]] = {"load": [(load_tables.AGAINST, load_tables.against)]}
+TABLES: dict[str, Table] = {
     "decode_latency": (
         "decoding | batch | ρ, k | speed-up | ideal | share of ideal | k = 0 against stock | "
         "machine",
@@ -175,4 +182,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], list[list[str]]]]] = {
         "a step's milliseconds | part | stock vLLM | full step | LoRA step | beyond the ideal",
         step_breakdown,
     ),
+    "load": (load_tables.LOAD, load_tables.load),
+    "simulate": (load_tables.SIMULATE, load_tables.simulate),
+    "calibration": (load_tables.CALIBRATION, load_tables.calibration),
 }

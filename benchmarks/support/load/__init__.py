@@ -1,0 +1,1 @@
+"""Serving under load: vLLM's client at rising rates, and a simulation of the same."""
