@@ -103,6 +103,24 @@ def test_evaluate_decodes_with_both(server: Server, tmp_path: Path) -> None:
     assert result["lora_drop"]["lora_steps"] >= result["lora_drop"]["full_steps"]
 
 
+def test_evaluate_compares_rollouts(server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = ["evaluate", "--url", server.url, "--rollouts", "--limit", "2", "--json", str(out)]
+    assert main([*command, "--max-tokens", "13", "--concurrency", "1"]) == 0
+    found = json.loads(out.read_text())["rollouts"]
+    assert found["examples"] == 2 and found["base"]["lora_steps"] == 0
+    assert found["lora_drop"]["lora_steps"] == 18 and found["lora_drop"]["full_steps"] == 8
+    for answer in found["answers"]:
+        chat = {"model": server.name, "messages": answer["messages"], "max_tokens": 13}
+        chat |= {"temperature": 0, "vllm_xargs": {"lora_drop_k": 0}}
+        told = request(server, "/v1/chat/completions", chat)[1]
+        assert answer["base"]["text"] == told["choices"][0]["message"]["content"]
+        assert answer["base"]["tokens"] == answer["lora_drop"]["tokens"] == 13
+        assert answer["base"]["cut_off"] and answer["base"]["first_choice"] == 1
+        assert answer["lora_drop"]["first_choice"] < 1  # nothing was trained
+        assert answer["lora_drop"]["logprob"] < answer["base"]["logprob"] < 0
+
+
 def test_the_demo_judges_the_answer_it_gave(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
