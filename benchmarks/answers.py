@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from support import record
+from support.quality_records import adapter_name
 
 from lora_drop_vllm.decode.pretrained import model_name
 from lora_drop_vllm.evaluation.evaluate import evaluate
@@ -36,7 +37,7 @@ def main() -> None:
     print(result)
     about = {
         "model": model_name(given.model),
-        "adapter": f"{given.adapter.parent.name}/{given.adapter.name}",
+        "adapter": adapter_name(given.adapter),
         **{name: getattr(given, name) for name in ("dtype", "limit", "num_fewshot", "max_tokens")},
         "concurrency": given.concurrency,
     }

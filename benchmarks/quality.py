@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from support import record
+from support.quality_records import adapter_name
 from tqdm import tqdm
 
 from lora_drop_vllm.cli.values import layer_numbers
@@ -72,7 +73,7 @@ def _adapters(
     for folder in given.adapter:
         config = read_config(folder)
         yield (
-            {"adapter": f"{folder.parent.name}/{folder.name}"},
+            {"adapter": adapter_name(folder)},
             config,
             load_tensors(folder, config),
         )

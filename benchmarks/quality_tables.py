@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from support import record
-from support.quality_records import finished, fitted, last_of_each
+from support.quality_records import chats, finished, fitted, last_of_each
 
 from lora_drop_vllm.evaluation.significance import Comparison, MeanLoss
 from lora_drop_vllm.method.cost import kv_saving
@@ -36,6 +36,42 @@ QUALITY: list[Column] = [
 def setting(name: str, heading: str | None = None) -> Column:
     """Column that shows a setting."""
     return heading or name, lambda r: str(r["settings"][name])
+
+
+def beside(field: str, heading: str, factor: int = 1, form: str = ".3f", unit: str = "") -> Column:
+    """Column of a figure of rollouts, with the base model's in brackets."""
+
+    def value(r: Record) -> str:
+        figure = r["metrics"]["rollouts"]["figures"][field]
+        ours, base = (factor * figure[who]["value"] for who in ("lora_drop", "base"))
+        return f"{ours:{form}}{unit} ({base:{form}}{unit})"
+
+    return f"{heading} (base)", value
+
+
+def more(field: str) -> Column:
+    """Column of a share's difference from the base model's, in points, with its interval."""
+
+    def value(r: Record) -> str:
+        found = r["metrics"]["rollouts"]["figures"][field]["difference"]
+        points, low, high = (100 * found[name] for name in ("value", "low", "high"))
+        return f"{points:+.1f} ({low:.1f} to {high:.1f})"
+
+    return "more than base, points", value
+
+
+CHAT: list[Column] = [
+    ("KL to base", lambda r: f"{r['metrics']['steps']['all']['kl']:.3f}"),
+    ("same best token", lambda r: f"{r['metrics']['steps']['all']['agreement']:.1%}"),
+    beside("tokens", "tokens", form=".0f"),
+    beside("cut_off", "cut off", 100, ".1f", "%"),
+    more("cut_off"),
+    beside("loops", "loops", 100, ".1f", "%"),
+    more("loops"),
+    beside("distinct_3", "distinct-3"),
+    beside("logprob", "log-probability"),
+    beside("first_choice", "first choice", 100, ".1f", "%"),
+]
 
 
 def table(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
@@ -123,6 +159,9 @@ def sections() -> list[str]:
     drop = ("drop layers", _drop_layers)
     lines = ["### Adapters of this repository", ""]
     lines += table(last_of_each(finished()), [setting("adapter"), drop, *QUALITY])
+    if answered := chats():
+        lines += ["", "### Answers to chat prompts, greedy", ""]
+        lines += table(answered, [setting("adapter"), *CHAT])
     lines += ["", "### Questions answered under the schedule", ""]
     lines += _questions(last_of_each(asked))
     lines += ["", "### Answers of the served model, greedy", ""]

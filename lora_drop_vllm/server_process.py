@@ -72,6 +72,10 @@ class Endpoint:
         key = os.environ.get("OPENAI_API_KEY", "none")
         return {"base_url": f"{self.url}/v1", "api_key": key, "max_retries": 0}
 
+    def max_len(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return int(self.client().models.list().data[0].max_model_len)
+
     def metrics_text(self) -> str:
         """What `/metrics` answers."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:

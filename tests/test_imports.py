@@ -18,7 +18,10 @@ Graph = dict[str, set[str]]  # module to the modules that it imports
 # from the bottom up; places in one row may import each other unless APART says no
 ORDER = (
     # helpers, the package itself and its data: they import nothing of ours
-    ("lora_drop_vllm", "adapters", "atomic_files", "cache", "families", "plots", "server_process"),
+    (
+        *("lora_drop_vllm", "adapters", "atomic_files", "cache", "families", "opinions", "plots"),
+        "server_process",
+    ),
     ("method", "kernels"),
     ("config", "hub", "model_card"),
     ("engine", "decode"),

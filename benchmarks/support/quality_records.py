@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from support import record
@@ -31,6 +32,16 @@ def fitted(**wanted: Any) -> list[Record]:
 def finished() -> list[Record]:
     """Newest records of adapters that were measured as they lie in `adapters/`."""
     return [r for r in record.newest("quality") if "adapter" in r["settings"]]
+
+
+def adapter_name(folder: Path) -> str:
+    """Name of an adapter in records: its folder, and the one around it."""
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def chats() -> list[Record]:
+    """The last record of answers to all chat prompts, of each adapter."""
+    return last_of_each([r for r in record.newest("chat") if r["settings"]["limit"] is None])
 
 
 def last_of_each(records: Sequence[Record]) -> list[Record]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from lora_drop_vllm.cli.gguf_model import real_model
 from lora_drop_vllm.config import LoRADropConfig, resolve
 from lora_drop_vllm.method.adapter import BaseModel
 from lora_drop_vllm.method.cost import ideal_speed, packed_block_sizes
-from lora_drop_vllm.server_process import Server
+from lora_drop_vllm.opinions import Scores, score
+from lora_drop_vllm.server_process import Endpoint, Server
 
 PROMPT = "Explain what a computer program is."
 ROUNDS = 3
@@ -26,8 +28,27 @@ BUNDLED_ADAPTER = (
 
 
 @dataclass
+class Told:
+    """The answer that the demo prints.
+
+    Attributes:
+        pieces: its text
+        prompt_ids, ids: tokens of the prompt and of the answer
+        blocks: most KV blocks that the drop layers held meanwhile
+    """
+
+    pieces: list[str] = field(default_factory=list)
+    prompt_ids: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    blocks: int = 0
+
+
+@dataclass
 class Report:
-    """What the demo measured; printed as JSON in its last line."""
+    """What the demo measured; printed as JSON in its last line.
+
+    `agreement` is the share of the answer's tokens that the base model would have chosen too.
+    """
 
     text: str
     tokens: int
@@ -43,6 +64,7 @@ class Report:
     p95_ms_k0: float
     speedup: float
     ideal_speedup: float
+    agreement: float
 
 
 def settings(
@@ -77,48 +99,73 @@ def run(settings: dict[str, Any], tokens: int = 64, port: int | None = None) -> 
     with Server(model, arguments, port) as server:
         print(f"Server:   {server.url} (log: {server.log})\n\n> {PROMPT}\n", flush=True)
         before = server.metrics()
-        text, blocks = _stream_aloud(server, tokens)
+        told = tell(server, tokens)
         used = {name: value - before[name] for name, value in server.metrics().items()}
+        scores = judge(server, told)
         times = _alternate(server, tokens, config)
     layers, rest = _step_costs(model, config, statistics.median(times[0]), port)
-    report = _report(text, used, blocks, times, config, layers, rest)
+    report = _report(told, scores, used, times, config, layers, rest)
     _print_table(report, config)
+    print(f"{in_words(scores)}\n")
     print(json.dumps(asdict(report)), flush=True)
     return report
 
 
-def _stream_aloud(server: Server, tokens: int) -> tuple[str, int]:
-    """Prints the answer as it comes; returns it, and the most KV blocks that drop layers held."""
-    pieces, blocks = [], 0
-    for n, piece in enumerate(_stream(server, tokens, None, ignore_eos=False)):
-        print(piece, end="", flush=True)
-        pieces.append(piece)
+def tell(server: Endpoint, tokens: int) -> Told:
+    """Prints the answer as it comes, and returns it."""
+    told = Told()
+    for n, chunk in enumerate(_chunks(server, tokens, {"return_token_ids": True})):
+        choice = chunk.choices[0]
+        told.prompt_ids += chunk.model_extra.get("prompt_token_ids") or ()
+        told.ids += choice.model_extra.get("token_ids") or ()
+        if piece := choice.delta.content:
+            print(piece, end="", flush=True)
+            told.pieces.append(piece)
         if n % 8 == 0:
-            blocks = max(blocks, server.metrics()["kv_blocks"])
+            told.blocks = max(told.blocks, server.metrics()["kv_blocks"])
     print("\n", flush=True)
-    return "".join(pieces), blocks
+    return told
 
 
-def _stream(server: Server, tokens: int, k: int | None, ignore_eos: bool) -> Iterator[str]:
-    body: dict[str, Any] = {"ignore_eos": ignore_eos}
-    if k is not None:
-        body["vllm_xargs"] = {"lora_drop_k": k}
+def judge(server: Endpoint, told: Told) -> Scores:
+    """The base model's opinion of the answer, from one full step."""
+
+    async def ask() -> Scores:
+        async with server.async_client() as client:
+            return await score(client, server.name, told.prompt_ids, told.ids, server.max_len())
+
+    return asyncio.run(ask())
+
+
+def in_words(scores: Scores) -> str:
+    """One line that says how far the base model agrees with an answer."""
+    number = len(scores.opinions)
+    same = round(scores.agreement * number)
+    return (
+        f"Agreement: {same} of the {number} tokens of this answer ({scores.agreement:.0%}) are "
+        "what the base model would have chosen at that place."
+    )
+
+
+def _chunks(server: Endpoint, tokens: int, extra: dict[str, Any]) -> Iterator[Any]:
+    """Chunks of the streamed answer that bring text."""
     answer = server.client().chat.completions.create(
         model=server.name,
         messages=[{"role": "user", "content": PROMPT}],
         max_tokens=tokens,
         temperature=0,
         stream=True,
-        extra_body=body,
+        extra_body=extra,
     )
     for chunk in answer:
-        if chunk.choices and (piece := chunk.choices[0].delta.content) is not None:
-            yield piece
+        if chunk.choices and chunk.choices[0].delta.content is not None:
+            yield chunk
 
 
 def _latencies(server: Server, tokens: int, k: int) -> list[float]:
     """Milliseconds between the streamed tokens of one answer of exactly `tokens` tokens."""
-    stamps = [time.perf_counter() for _ in _stream(server, tokens, k, ignore_eos=True)]
+    extra = {"ignore_eos": True, "vllm_xargs": {"lora_drop_k": k}}
+    stamps = [time.perf_counter() for _ in _chunks(server, tokens, extra)]
     gaps = [1000 * (b - a) for a, b in zip(stamps, stamps[1:])]
     return gaps[4:]  # the first chunk and the cold start of a request do not count as decoding
 
@@ -148,9 +195,9 @@ def _step_costs(
 
 
 def _report(
-    text: str,
+    told: Told,
+    scores: Scores,
     used: dict[str, int],
-    blocks: int,
     times: dict[int, list[float]],
     config: LoRADropConfig,
     layers: list[float],
@@ -162,13 +209,13 @@ def _report(
     ours, stock = times[config.k], times[0]
     period = config.k + 1
     return Report(
-        text=text,
+        text="".join(told.pieces),
         tokens=used["full_steps"] + used["lora_steps"],
         full_steps=used["full_steps"],
         lora_steps=used["lora_steps"],
         kv_slots_written=used["kv_slots_written"],
         kv_slots_stock=slots_stock,
-        kv_blocks_held=blocks,
+        kv_blocks_held=told.blocks,
         kv_blocks_stock=-(-slots_stock // block),
         p50_ms=_percentile(ours, 50),
         p95_ms=_percentile(ours, 95),
@@ -180,6 +227,7 @@ def _report(
             3,
         ),
         ideal_speedup=round(ideal_speed(layers, list(config.drop_layers), config.k, rest), 3),
+        agreement=round(scores.agreement, 4),
     )
 
 

@@ -80,6 +80,7 @@ def cost_flags(parser: ArgumentParser) -> None:
 def evaluate_flags(parser: ArgumentParser) -> None:
     """Flags of `lora-drop evaluate`."""
     from lora_drop_vllm.evaluation.evaluate import evaluate
+    from lora_drop_vllm.evaluation.rollouts import CHAT_PROMPTS
 
     parser.add_argument("model", nargs="?", help=MODEL)
     parser.add_argument("--adapter", type=Path, metavar="DIR", help=ADAPTER)
@@ -90,6 +91,17 @@ def evaluate_flags(parser: ArgumentParser) -> None:
         "chat",
         "JSON lines of conversations (`messages`), whose replies are measured likewise",
         type=Path,
+    )
+    flag(
+        parser,
+        evaluate,
+        "rollouts",
+        "have a server answer chat prompts, one a line or JSON lines, and compare the answers "
+        "(default without PROMPTS: 200 everyday ones that come with the package)",
+        type=Path,
+        nargs="?",
+        const=CHAT_PROMPTS,
+        metavar="PROMPTS",
     )
     parser.add_argument(
         "--tasks",
@@ -102,7 +114,7 @@ def evaluate_flags(parser: ArgumentParser) -> None:
         parser,
         evaluate,
         "limit",
-        "windows of the text, replies, and questions of each task, at most (default: all)",
+        "windows of the text, replies, prompts, and questions of each task, at most (default: all)",
         type=positive,
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
@@ -113,9 +125,8 @@ def _decoding_flags(parser: ArgumentParser) -> None:
     from lora_drop_vllm.evaluation.served_answers import Decoding
 
     group = parser.add_argument_group(
-        "GSM8K and HumanEval",
-        "A server decodes these tasks: first with k = 0, which is the base model, then with "
-        "LoRA-Drop.",
+        "GSM8K, HumanEval and --rollouts",
+        "A server decodes them: first with k = 0, which is the base model, then with LoRA-Drop.",
     )
     flag(group, Decoding, "url", "ask this server (default: start one, eager)", type=str)
     flag(group, Decoding, "dtype", "dtype of the server that is started, as for vLLM")
@@ -131,9 +142,10 @@ def _decoding_flags(parser: ArgumentParser) -> None:
         group,
         Decoding,
         "concurrency",
-        "requests at a time; more are faster, but bring more full steps",
+        "requests at a time",
         type=positive,
     )
+    flag(group, Decoding, "temperature", "of --rollouts; 0 takes the most likely token")
     flag(
         group,
         Decoding,

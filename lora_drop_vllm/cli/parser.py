@@ -142,10 +142,12 @@ COMMANDS = {
     "evaluate": Command(
         summary="score an adapter against its base model",
         about="Scores an adapter beside its base model: perplexity, KL and agreement on a text, "
-        "accuracy on tasks. Everything after the prompt runs under the served schedule. "
-        "GSM8K and HumanEval are decoded by a server.",
+        "accuracy on tasks, loops and variety of answers to chat prompts. Everything after the "
+        "prompt runs under the served schedule. GSM8K, HumanEval and --rollouts are decoded by a "
+        "server.",
         examples=(
             "lora-drop evaluate ./model --adapter ./adapter --text book.txt",
+            "lora-drop evaluate ./model --adapter ./adapter --rollouts --json report.json",
             "lora-drop evaluate ./model --adapter ./adapter --tasks piqa,winogrande "
             "--data ./tasks --limit 500",
             "lora-drop evaluate ./model --adapter ./adapter --tasks ./mine.jsonl "

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lora_drop_vllm.evaluation.divergence import Divergence
+from lora_drop_vllm.evaluation.rollout_report import RolloutsResult
 from lora_drop_vllm.evaluation.scoring import TaskResult
 from lora_drop_vllm.evaluation.served_answers import DecodedResult, Decoding
 from lora_drop_vllm.evaluation.significance import Comparison, MeanLoss
@@ -85,6 +86,7 @@ class EvaluateResult:
         decoding: how the server was asked; None if none was
         text: perplexity, KL and agreement on plain text, if asked for
         chat: the same on chat replies
+        rollouts: answers to chat prompts, in numbers
         mean_loss: mean loss of accuracy over `tasks`, if there are two or more
     """
 
@@ -95,6 +97,7 @@ class EvaluateResult:
     decoding: ServedDecoding | None = None
     text: TextResult | None = None
     chat: ChatResult | None = None
+    rollouts: RolloutsResult | None = None
     mean_loss: MeanLoss | None = None
 
     def __str__(self) -> str:
@@ -109,6 +112,7 @@ class EvaluateResult:
             )
         for answered in self.decoded:
             lines += _decoded_lines(answered)
+        lines += self.rollouts.lines() if self.rollouts else []
         return "\n".join(lines)
 
     def report(self) -> dict[str, Any]:
@@ -135,11 +139,7 @@ def _task_lines(task: TaskResult) -> list[str]:
 def _decoded_lines(task: DecodedResult) -> list[str]:
     refusal = f" ({task.refusal})" if task.refusal else ""
     lines = [f"{task.task}: {task.examples} questions, {task.skipped} skipped{refusal}"]
-    for label, taken in (("base", task.base), ("LoRA-Drop", task.lora_drop)):
-        lines.append(
-            f"  {label:<18}{taken.full_steps} full and {taken.lora_steps} LoRA steps, "
-            f"{taken.tokens} tokens, {taken.cut_off} answers cut off"
-        )
+    lines += [task.base.line("base"), task.lora_drop.line("LoRA-Drop")]
     return lines + [_measure(name, found) for name, found in task.measures.items()]
 
 

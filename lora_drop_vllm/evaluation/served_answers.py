@@ -1,4 +1,4 @@
-"""Questions that a served model answers freely: the base model and LoRA-Drop on the same prompts.
+"""Tasks that a served model answers freely: the base model and LoRA-Drop on the same prompts.
 
 One server answers for both, greedily: a request with k = 0 runs the base model, bit for bit. Such a
 request makes every step of its batch full, so the two never run at the same time: the base model is
@@ -7,7 +7,7 @@ asked all questions first, then LoRA-Drop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,15 +22,16 @@ STOPS_ASKED = 4  # the API takes no more; the other strings are cut off here
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a server decodes GSM8K and HumanEval.
+    """How a server decodes GSM8K, HumanEval and rollouts.
 
     Attributes:
         url: URL of a running server; None starts one
         dtype: dtype of the server that is started, as for vLLM
         num_fewshot: worked examples before each GSM8K question
         max_tokens: tokens of an answer, at most
-        concurrency: requests at a time. With more than one, a step is full for all of them as soon
-            as one brings a prompt or has used up its k, so more full steps run
+        concurrency: requests at a time. A step is full for all of them as soon as one has used up
+            its k, or brings a prompt to a server with `prompts: now`
+        temperature: of rollouts; 0 takes the most likely token, as all tasks do
         run_code: programs that the model writes for HumanEval may run on this machine
     """
 
@@ -38,7 +39,8 @@ class Decoding:
     dtype: str = "auto"
     num_fewshot: int = 5
     max_tokens: int = 512
-    concurrency: int = 1
+    concurrency: int = 8
+    temperature: float = 0.0
     run_code: bool = False
 
 
@@ -92,6 +94,25 @@ class Pass:
     full_steps: int
     lora_steps: int
 
+    @classmethod
+    def of(
+        cls, answers: Sequence[Any], before: Mapping[str, int], after: Mapping[str, int]
+    ) -> Pass:
+        """The pass that gave some answers, from the server's counts before and after it."""
+        return cls(
+            tokens=sum(answer.tokens for answer in answers),
+            cut_off=sum(answer.cut_off for answer in answers),
+            full_steps=after["full_steps"] - before["full_steps"],
+            lora_steps=after["lora_steps"] - before["lora_steps"],
+        )
+
+    def line(self, who: str) -> str:
+        """One line of a report."""
+        return (
+            f"  {who:<18}{self.full_steps} full and {self.lora_steps} LoRA steps, "
+            f"{self.tokens} tokens, {self.cut_off} answers cut off"
+        )
+
 
 @dataclass(frozen=True)
 class DecodedResult:
@@ -125,19 +146,9 @@ def run_decoded(server: Endpoint, task: DecodedTask, decoding: Decoding) -> Deco
         RuntimeError: the server failed, or did not run the steps that are to be evaluated.
     """
     base, base_pass = _ask_all(server, task, decoding, {"lora_drop_k": 0}, "base")
-    if base_pass.lora_steps:
-        raise RuntimeError(
-            f"{task.name}: {base_pass.lora_steps} LoRA steps ran although all our requests had "
-            f"k = 0; someone else uses {server.url}, which changes both results. Evaluate on a "
-            "server that nobody else uses"
-        )
+    check_base_pass(task.name, base_pass, server.url)
     ours, our_pass = _ask_all(server, task, decoding, {}, "LoRA-Drop")
-    if not our_pass.lora_steps:
-        raise RuntimeError(
-            f"{task.name}: no LoRA step ran in {our_pass.full_steps} steps, so there is nothing "
-            "to compare. Serve with k of 1 or more and at least one drop layer; answers of a "
-            "single token have no LoRA step either"
-        )
+    check_lora_drop_pass(task.name, our_pass)
     refusals = [a.refusal or b.refusal for a, b in zip(ours, base)]
     rows = [row for row, refusal in enumerate(refusals) if not refusal]
     base_marks, our_marks = [], []
@@ -162,6 +173,26 @@ def run_decoded(server: Endpoint, task: DecodedTask, decoding: Decoding) -> Deco
             for row, base_mark, our_mark in zip(rows, base_marks, our_marks)
         ],
     )
+
+
+def check_base_pass(name: str, taken: Pass, url: str) -> None:
+    """Raises RuntimeError if somebody else's LoRA steps ran meanwhile."""
+    if taken.lora_steps:
+        raise RuntimeError(
+            f"{name}: {taken.lora_steps} LoRA steps ran although all our requests had k = 0; "
+            f"someone else uses {url}, which changes both results. Evaluate on a server that "
+            "nobody else uses"
+        )
+
+
+def check_lora_drop_pass(name: str, taken: Pass) -> None:
+    """Raises RuntimeError if no LoRA step ran."""
+    if not taken.lora_steps:
+        raise RuntimeError(
+            f"{name}: no LoRA step ran in {taken.full_steps} steps, so there is nothing to "
+            "compare. Serve with k of 1 or more and at least one drop layer; answers of a single "
+            "token have no LoRA step either"
+        )
 
 
 def _compare(ours: Sequence[Mark], base: Sequence[Mark]) -> dict[str, Comparison]:
@@ -200,22 +231,17 @@ def _ask_all(
         cut_off = choice.finish_reason == "length" and text == choice.text
         return Answer(text, said.usage.completion_tokens, cut_off)
 
-    before = _steps(server)
+    before = steps(server)
     bar = {"total": len(task.prompts), "desc": f"{task.name} {who}"}
     try:
         with ThreadPoolExecutor(decoding.concurrency) as pool:
             answers = list(tqdm(pool.map(ask, task.prompts), **bar))
     except APIError as error:
         raise RuntimeError(f"{task.name}: {server.url} failed to answer ({error})") from error
-    after = _steps(server)
+    after = steps(server)
     if all(answer.refusal for answer in answers):
         raise ValueError(f"{task.name}: the server refuses every question: {answers[0].refusal}")
-    return answers, Pass(
-        tokens=sum(answer.tokens for answer in answers),
-        cut_off=sum(answer.cut_off for answer in answers),
-        full_steps=after["full_steps"] - before["full_steps"],
-        lora_steps=after["lora_steps"] - before["lora_steps"],
-    )
+    return answers, Pass.of(answers, before, after)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -223,7 +249,13 @@ def cut(text: str, stop: Sequence[str]) -> str:
     return min((text.partition(end)[0] for end in stop), key=len, default=text)
 
 
-def _steps(server: Endpoint) -> dict[str, int]:
+def steps(server: Endpoint) -> dict[str, int]:
+    """The server's counts of its steps.
+
+    Raises:
+        ValueError: the server does not serve with LoRA-Drop.
+        RuntimeError: it does not answer.
+    """
     try:
         counters = server.metrics()
     except OSError as error:

@@ -175,8 +175,11 @@ def _run(
                 )
 
 
-def read_prompts(path: Path) -> list[list[Message]]:
+def read_prompts(path: Path, flag: str = "--prompts") -> list[list[Message]]:
     """Conversations that wait for a reply: JSON lines with `messages` or `prompt`, or plain lines.
+
+    Args:
+        flag: names the file in errors
 
     Raises:
         ValueError: the file cannot be read, or a line is not a prompt.
@@ -188,9 +191,9 @@ def read_prompts(path: Path) -> list[list[Message]]:
             if line.strip():
                 found.append(_prompt(line, path.suffix == ".jsonl", number))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--prompts {path}: cannot be used ({error})") from error
+        raise ValueError(f"{flag} {path}: cannot be used ({error})") from error
     if not found:
-        raise ValueError(f"--prompts {path}: empty; name a file with prompts in it")
+        raise ValueError(f"{flag} {path}: empty; name a file with prompts in it")
     return found
 
 

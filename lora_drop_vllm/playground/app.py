@@ -16,9 +16,9 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 
+from lora_drop_vllm.opinions import score
 from lora_drop_vllm.playground.answers import Answer, Question, Sampling, stream
 from lora_drop_vllm.playground.errors import FAILURES, in_plain_words
-from lora_drop_vllm.playground.opinions import score
 from lora_drop_vllm.playground.origins import OwnPagesOnly
 from lora_drop_vllm.playground.served import Served
 from lora_drop_vllm.playground.snippets import as_curl, as_python

@@ -82,5 +82,5 @@ def look(endpoint: Endpoint, title: str = "") -> Served:
         reuse=settings["reuse"],
         kv=settings["kv"],
         adapter=settings["adapter"],
-        max_len=int(endpoint.client().models.list().data[0].max_model_len),
+        max_len=endpoint.max_len(),
     )

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from lora_drop_vllm.opinions import Opinion, Scores, score
 from lora_drop_vllm.playground.answers import Answer, Piece, Question, Sampling, stream
 from lora_drop_vllm.playground.errors import FAILURES, in_plain_words
-from lora_drop_vllm.playground.opinions import Opinion, Scores, score
 from lora_drop_vllm.playground.served import Served
 from lora_drop_vllm.server_process import Endpoint
 

@@ -7,16 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import capacity
+import chat
 import decode_latency
 import pytest
 import quality_tables
 import soak
 import step_breakdown
 from step_breakdown import Span
-from support import peers, tables
+from support import peers, record, tables
 from support.serve_figures import Block
 from support.servers import Subject
 from support.stream_client import Answer
+
+from lora_drop_vllm.evaluation.divergence import Divergence
+from lora_drop_vllm.evaluation.report import ChatResult, EvaluateResult
+from lora_drop_vllm.evaluation.rollout_report import Rollout, RolloutsResult, figures
+from lora_drop_vllm.evaluation.served_answers import Pass
+from lora_drop_vllm.evaluation.significance import Estimate
 
 
 def test_known_step_times_give_the_known_ratios() -> None:
@@ -178,3 +185,50 @@ def test_the_page_on_quality_says_what_the_records_say(monkeypatch: pytest.Monke
     for name in ("draw", "draw_saving"):
         monkeypatch.setattr(quality_tables, name, lambda *_: None)
     assert quality_tables.PAGE.read_text() == quality_tables.rendered_page()
+
+
+def rollout(text: str, **changed: Any) -> Rollout:
+    plain: dict[str, Any] = dict(tokens=4, cut_off=False, loops=False, logprob=-1.0)
+    plain |= {f"distinct_{n}": 1.0 for n in (1, 2, 3)} | {"first_choice": 1.0}
+    return Rollout(text, **(plain | changed))
+
+
+def test_chat_measures_the_base_models_answers_and_gets_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base answers that loop or are empty are no replies; a limited run is not in the table."""
+    base = [rollout("Yes.", cut_off=True), rollout("So so so", loops=True), rollout(" ")]
+    ours = [rollout("No.", logprob=-2.5, loops=True), *base[1:]]
+    replies: list[Any] = []
+
+    def evaluate(model: str, adapter: Path, **given: Any) -> EvaluateResult:
+        if "chat" in given:
+            replies.append([json.loads(line) for line in given["chat"].read_text().splitlines()])
+            steps = {"all": Divergence(9, 2.0, 1.0, 0.25, 0.75)}
+            return EvaluateResult(model, chat=ChatResult("replies", 1, steps))
+        asked = [{"role": "user", "content": "Well?"}]
+        answers = [
+            {"messages": asked, "base": vars(b), "lora_drop": vars(a)} for a, b in zip(ours, base)
+        ]
+        steps_taken, start = Pass(12, 0, 9, 3), Estimate(0.5, 0.4, 0.6)
+        found = RolloutsResult(
+            "p.txt", 3, 0, "", steps_taken, steps_taken, figures(ours, base), start, answers
+        )
+        return EvaluateResult(model, rollouts=found)
+
+    monkeypatch.setattr(chat, "evaluate", evaluate)
+    monkeypatch.setattr(chat, "model_name", str)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    command = ["chat.py", "model", "--adapter", "made/here"]
+    for more in ([], ["--limit", "3"]):
+        monkeypatch.setattr("sys.argv", [*command, *more])
+        chat.main()
+    reply = {"role": "assistant", "content": "Yes.", "cut": True}
+    assert replies[0] == [{"messages": [{"role": "user", "content": "Well?"}, reply]}]
+    (file,) = tmp_path.glob("*.jsonl")
+    assert "answers" not in json.loads(file.read_text().splitlines()[0])["metrics"]["rollouts"]
+    (found,) = quality_tables.chats()
+    assert found["settings"]["adapter"] == "made/here" and found["settings"]["limit"] is None
+    row = quality_tables.table([found], quality_tables.CHAT)[-1]
+    assert row.startswith("| 0.250 | 75.0% | 4 (4) | 0.0% (33.3%) | -33.3 (")
+    assert "| 66.7% (33.3%) | +33.3 (" in row and "-1.500 (-1.000)" in row

@@ -267,7 +267,7 @@ def test_what_cannot_be_asked_is_refused(
     for wrong, message in (
         ([*url, *half], "human_eval: scoring it runs programs that the model writes"),
         ([*own, *url, "--num-fewshot", "0", *sums], "the server at --url has its own"),
-        ([*own, *url, "--tasks", str(cloze)], "no task is decoded by a server"),
+        ([*own, *url, "--tasks", str(cloze)], "nothing is decoded by a server"),
         ([*url, "--dtype", "half", "--num-fewshot", "0", *sums], "--dtype half: the server at"),
         (["--num-fewshot", "0", *sums], "MODEL and --adapter DIR: missing"),
         ([*url, "--num-fewshot", "0", "--tasks", f"{sums[1]},{cloze}"], "MODEL and --adapter DIR"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lora_drop_vllm.cli import main
+from lora_drop_vllm.cli import demo, main
 from lora_drop_vllm.server_process import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.model]
@@ -101,6 +101,39 @@ def test_evaluate_decodes_with_both(server: Server, tmp_path: Path) -> None:
     (result,) = json.loads((tmp_path / "out.json").read_text())["decoded"]
     assert result["base"]["lora_steps"] == 0 and result["base"]["full_steps"] > 1
     assert result["lora_drop"]["lora_steps"] >= result["lora_drop"]["full_steps"]
+
+
+def test_evaluate_compares_rollouts(server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = ["evaluate", "--url", server.url, "--rollouts", "--limit", "2", "--json", str(out)]
+    assert main([*command, "--max-tokens", "13", "--concurrency", "1"]) == 0
+    found = json.loads(out.read_text())["rollouts"]
+    assert found["examples"] == 2 and found["base"]["lora_steps"] == 0
+    assert found["lora_drop"]["lora_steps"] == 18 and found["lora_drop"]["full_steps"] == 8
+    for answer in found["answers"]:
+        chat = {"model": server.name, "messages": answer["messages"], "max_tokens": 13}
+        chat |= {"temperature": 0, "vllm_xargs": {"lora_drop_k": 0}}
+        told = request(server, "/v1/chat/completions", chat)[1]
+        assert answer["base"]["text"] == told["choices"][0]["message"]["content"]
+        assert answer["base"]["tokens"] == answer["lora_drop"]["tokens"] == 13
+        assert answer["base"]["cut_off"] and answer["base"]["first_choice"] == 1
+        assert answer["lora_drop"]["first_choice"] < 1  # nothing was trained
+        assert answer["lora_drop"]["logprob"] < answer["base"]["logprob"] < 0
+
+
+def test_the_demo_judges_the_answer_it_gave(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = server.metrics()
+    told = demo.tell(server, 13)
+    assert "".join(told.pieces) in capsys.readouterr().out
+    assert len(told.ids) == 13 and len(told.prompt_ids) > 13
+    assert server.metrics()["lora_steps"] - before["lora_steps"] == 9
+    body = {"prompt": told.prompt_ids + told.ids, "max_tokens": 1, "prompt_logprobs": 1}
+    entries = complete(server, **body)[1]["choices"][0]["prompt_logprobs"][-13:]
+    same = sum(entry[str(i)]["rank"] == 1 for i, entry in zip(told.ids, entries))
+    scores = demo.judge(server, told)
+    assert 0 < same < 13 and f"{same} of the 13 tokens" in demo.in_words(scores)
 
 
 def test_a_disconnected_client_leaves_nothing_behind(server: Server) -> None:

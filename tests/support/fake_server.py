@@ -42,24 +42,34 @@ class FakeServer(ThreadingHTTPServer):
             self.running.append(base)
             self.overlapped |= len(set(self.running)) > 1
         try:
-            if len(body["stop"]) > 4:
-                raise ValueError("stop: at most 4 strings")
-            text = self.say(body["prompt"], base)
+            return self.answer(body, base)
         finally:
             with self.lock:
                 self.running.remove(base)
+
+    def answer(self, body: dict[str, Any], base: bool) -> dict[str, Any]:
+        if len(body["stop"]) > 4:
+            raise ValueError("stop: at most 4 strings")
+        text = self.say(body["prompt"], base)
         for stop in body["stop"]:
             text = text.split(stop)[0]
         tokens = len(text.split()) + 1
+        self.count(base, tokens)
+        reason = "length" if tokens > body["max_tokens"] else "stop"
+        choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
+        usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1}
+        return self.head("text_completion", choice) | {"usage": usage}
+
+    def count(self, base: bool, tokens: int) -> None:
+        """Adds the steps of an answer to the counters."""
         lora = self.lora_steps(base, tokens)
         with self.lock:
             self.steps["lora_steps"] += lora
             self.steps["full_steps"] += tokens - lora
-        reason = "length" if tokens > body["max_tokens"] else "stop"
-        choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
-        usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1}
-        head = {"id": "0", "object": "text_completion", "created": 0, "model": "fake"}
-        return head | {"choices": [choice], "usage": usage}
+
+    def head(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
+        """A response with one choice."""
+        return {"id": "0", "object": kind, "created": 0, "model": "fake", "choices": [choice]}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -73,8 +83,10 @@ class Handler(BaseHTTPRequestHandler):
                 for n, part in enumerate((value // 2, value - value // 2))
             ]
             return self.reply(200, "".join(lines))
-        model = {"id": "fake", "object": "model", "created": 0, "owned_by": "us"}
-        return self.reply(200, {"object": "list", "data": [model]})
+        return self.reply(200, {"object": "list", "data": [self.models()]})
+
+    def models(self) -> dict[str, Any]:
+        return {"id": "fake", "object": "model", "created": 0, "owned_by": "us"}
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
