@@ -121,3 +121,23 @@ def test_the_wheel_ships_the_demos_adapter_only() -> None:
     shipped = {path for pattern in globs for path in (ROOT / "adapters").glob(pattern)}
     names = ("adapter_config.json", "adapter_model.safetensors")
     assert shipped == {BUNDLED_ADAPTER / name for name in names}
+
+
+def test_the_table_of_compatibility_names_tests_that_exist() -> None:
+    """What works or is refused has a test, and each test of that server has its row."""
+    home = "tests/server/test_compatibility.py"
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs/compatibility.md").read_text().splitlines()
+        if line.startswith("| ") and not line.startswith(("| ---", "| feature"))
+    ]
+    named = set()
+    for feature, state, shown in rows:
+        path, _, test = shown.strip("`").rpartition("::")
+        if not test:
+            assert state.startswith(("not tried", "refused, by a check without")), feature
+            continue
+        assert state.startswith(("works", "refused")), feature
+        assert re.search(rf"^def {test}\(", (ROOT / (path or home)).read_text(), re.MULTILINE), test
+        named.add(test)
+    assert set(re.findall(r"^def (test_\w+)", (ROOT / home).read_text(), re.MULTILINE)) <= named

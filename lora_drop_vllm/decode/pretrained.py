@@ -19,13 +19,18 @@ def open_model(model: str) -> tuple[Any, Any]:
         model: folder, or a name in the local Hugging Face cache
 
     Raises:
-        ValueError: the model does not exist.
+        ValueError: the model does not exist, or it is quantized.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     cuda = torch.cuda.is_available()
     base: Any
     try:
+        if getattr(AutoConfig.from_pretrained(model), "quantization_config", None):
+            raise ValueError(
+                f"{model}: is quantized; take the model that it was made from, whose adapters "
+                "serve the quantized one too"
+            )
         base = AutoModelForCausalLM.from_pretrained(model, dtype="auto" if cuda else torch.float32)
         return base.to("cuda" if cuda else "cpu"), AutoTokenizer.from_pretrained(model)
     except OSError as error:

@@ -104,6 +104,22 @@ class KVProjection(nn.Module):
         return self.quant_method.apply(self, hidden, self.bias)
 
 
+class QuantizedKV(nn.Module):
+    """K and V by a quantized QKV projection, for LoRA steps under `kv: write`.
+
+    Packed weights cannot be cut into rows, so the layer's own projection also computes Q.
+    """
+
+    def __init__(self, qkv_proj: Any, q_size: int) -> None:
+        super().__init__()
+        self.__dict__["qkv_proj"] = qkv_proj  # unregistered: the layer owns it
+        self.q_size = q_size
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, d] to [T, 2 * kv_size]."""
+        return self.qkv_proj(hidden)[0][:, self.q_size :]
+
+
 class DropLayer(nn.Module):
     """A decoder layer of vLLM with a LoRA step; `make_drop_layers` exchanges the class.
 
@@ -117,7 +133,7 @@ class DropLayer(nn.Module):
 
     kept: KeptStates
     run: DropRun | None
-    kv_proj: KVProjection | None
+    kv_proj: KVProjection | QuantizedKV | None
 
     def lora_step(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
@@ -243,4 +259,5 @@ def _write_kv_in_lora_steps(layer: Any) -> None:
             f"lora_drop.kv='write': the attention backend {attention.attn.backend.name} cannot "
             "write K and V alone; use another --attention-backend or lora_drop.kv='skip'."
         )
-    layer.kv_proj = KVProjection(attention.qkv_proj, attention.q_size)
+    plain = isinstance(attention.qkv_proj.quant_method, UnquantizedLinearMethod)
+    layer.kv_proj = (KVProjection if plain else QuantizedKV)(attention.qkv_proj, attention.q_size)

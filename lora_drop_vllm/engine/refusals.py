@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from vllm.config import OffloadConfig, VllmConfig
 
 LEAVE_OUT = "leave it out"
+# tested on CPU kernels; vLLM's names for compressed-tensors, AWQ, GPTQ and FP8 checkpoints
+KV_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
+OTHER_KIND = "use a checkpoint by compressed-tensors, AWQ, GPTQ or FP8"
+QUANTIZED = (None, "compressed-tensors", "awq", "auto_awq", "gptq", "auto_gptq", "fp8")
 
 
 def check_architecture(vllm_config: VllmConfig, allowed: list[str]) -> None:
@@ -67,10 +71,10 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
         (vllm_config.lora_config is not None, "--enable-lora", LEAVE_OUT),
         (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", LEAVE_OUT),
         (vllm_config.ec_transfer_config is not None, "--ec-transfer-config", LEAVE_OUT),
-        (model.quantization is not None, f"--quantization {model.quantization}", LEAVE_OUT),
+        (model.quantization not in QUANTIZED, f"--quantization {model.quantization}", OTHER_KIND),
         (model.enable_prompt_embeds, "--enable-prompt-embeds", LEAVE_OUT),
         (bool(model.logits_processors), "--logits-processors", LEAVE_OUT),
-        (cache.cache_dtype != "auto", f"--kv-cache-dtype {cache.cache_dtype}", LEAVE_OUT),
+        (cache.cache_dtype not in KV_DTYPES, f"--kv-cache-dtype {cache.cache_dtype}", LEAVE_OUT),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", LEAVE_OUT),
         (bool(cache.kv_offloading_size), "--kv-offloading-size", LEAVE_OUT),
         *_offloading(vllm_config.offload_config),

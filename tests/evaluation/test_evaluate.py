@@ -21,6 +21,7 @@ from lora_drop_vllm.evaluation.divergence import on_sequences, perplexity
 from lora_drop_vllm.evaluation.scoring import Candidate, run_task, score
 from lora_drop_vllm.evaluation.significance import Comparison, MeanLoss, mcnemar
 from lora_drop_vllm.evaluation.tasks import Example, Task, read_task, read_text
+from lora_drop_vllm.model_card import CARD, FIGURES, write_card
 
 DROP, K = [3, 5], 3
 LINES = [
@@ -81,13 +82,15 @@ def test_the_command_measures_chat_replies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make_chat_model(tmp_path / "model", "qwen2")
-    make_adapter(tmp_path / "adapter", model, drop_layers=DROP)
+    config, _ = make_adapter(tmp_path / "adapter", model, drop_layers=DROP)
+    write_card(tmp_path / "adapter", config)
     talk = [{"role": "user", "content": "How far is it?"}, {"role": "assistant", "content": "Far."}]
     (tmp_path / "chat.jsonl").write_text(2 * (json.dumps({"messages": talk}) + "\n"))
     (tmp_path / "text.jsonl").write_text('{"text": "no conversation at all"}\n')
     command = ["evaluate", str(model), "--adapter", str(tmp_path / "adapter"), "--chat"]
-    report = tmp_path / "out.json"
+    report = tmp_path / "adapter" / FIGURES
     assert main([*command, str(tmp_path / "chat.jsonl"), "--json", str(report)]) == 0
+    assert "chat.jsonl, lora steps |" in (tmp_path / "adapter" / CARD).read_text()
     assert "chat.jsonl: 2 replies" in capsys.readouterr().out
     steps = json.loads(report.read_text())["chat"]["steps"]
     assert steps["lora"]["tokens"] > steps["full"]["tokens"] > 0

@@ -198,6 +198,17 @@ def assert_same(got: Any, want: list[int], oracle: Oracle) -> None:
     )
 
 
+def distance(model: Any, settings: Settings, got: Any) -> float:
+    """Mean difference of a lone request's log-probabilities from the oracle's, on its tokens."""
+    oracle, want = Oracle(model, settings), []
+    oracle.prompt(PROMPT)
+    for token in got.tokens:
+        want.append(oracle.logits.log_softmax(-1)[token])
+        oracle.tokens[-1] = token
+        oracle.step("full" if oracle.phase >= settings.k else "lora")
+    return float((torch.stack(want) - torch.tensor(got.logprobs)).abs().mean())
+
+
 def check_all_released(engine: Engine) -> None:
     """After all requests ended, every block (but the null block) and every slot is back."""
     assert engine.scheduler.num_drop_blocks() == 0

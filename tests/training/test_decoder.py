@@ -18,8 +18,7 @@ from lora_drop_vllm.decode.positions import Layout, Schedule, rows
 from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.method.adapter import AdapterError, load_tensors, read_config, save_adapter
 
-DROP = [3, 5]
-LENGTHS = [16, 5, 13, 11]
+DROP, LENGTHS = [3, 5], [16, 5, 13, 11]
 PROMPT, K, PHASE = (torch.tensor(v) for v in ([4, 5, 3, 1], [3, 1, 7, 1000], [2, 0, 0, 5]))
 COMBINATIONS = [
     pytest.param(reuse, kv, injection, id=f"{reuse}-{kv}-{injection}")
@@ -91,10 +90,12 @@ def test_a_sequence_in_two_pieces_is_refused() -> None:
         Schedule.of(torch.tensor([[0, 0, 1, 1, 0]]), 1, 3)
 
 
+RARE = pytest.mark.matrix
 SETTINGS = [
-    pytest.param(family, *c.values, id=f"{family}-{c.id}")
+    pytest.param(family, *c.values, id=f"{family}-{c.id}", marks=() if n in often else RARE)
     for family in VARIANTS
-    for c in (COMBINATIONS if family in FAMILIES else COMBINATIONS[:1])
+    for often in [range(16) if family in ("llama", "qwen2") else (0, 3, 8)]
+    for n, c in enumerate(COMBINATIONS if family in FAMILIES else COMBINATIONS[:1])
 ]
 
 

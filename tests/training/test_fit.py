@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from lora_drop_vllm.cli import main
 from lora_drop_vllm.config import resolve
 from lora_drop_vllm.decode.decoder import ForcedDecoder, base_model, refresh, update
+from lora_drop_vllm.decode.pretrained import open_model
 from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.evaluation.divergence import perplexity
 from lora_drop_vllm.method.adapter import BaseModel, load_tensors, read_config
@@ -208,3 +210,11 @@ def test_what_cannot_be_fitted_is_refused(
     assert error.startswith("lora-drop: ") and message in error and not end
     assert all("weights" in line for line in progress)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_model_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads((models["llama"] / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{tmp_path}: is quantized; take the model that it was"):
+        open_model(str(tmp_path))
