@@ -69,13 +69,18 @@ def start(serve: Serve, model: Path, adapter: Path, lite: bool) -> Engine:
 
 
 def check_compiled(engine: Engine, from_disk: bool) -> None:
-    """Both modules went through vLLM's own backend, split at attention."""
+    """Both modules went through vLLM's own backend, split at attention.
+
+    Layers' names are wrapped inside the traced forward, as vLLM does it: no module keeps one.
+    """
     from vllm.config import CompilationMode
+    from vllm.utils.torch_utils import LayerName
 
     compilation = engine.runner.compilation_config
     assert compilation.mode is CompilationMode.VLLM_COMPILE
     assert "vllm::unified_attention_with_output" in compilation.splitting_ops
     model = engine.runner.model
+    assert not any(isinstance(v, LayerName) for m in model.modules() for v in vars(m).values())
     for module in (model.model, model.lora_step_model):
         assert not module.do_not_compile
         assert getattr(module, "was_aot_compile_fn_loaded_from_disk", False) == from_disk
