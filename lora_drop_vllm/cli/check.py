@@ -8,7 +8,13 @@ from typing import Any
 
 from lora_drop_vllm.config import LoRADropConfig, resolve
 from lora_drop_vllm.method.adapter import BaseModel
-from lora_drop_vllm.method.cost import ideal_speed, kv_saving, packed_block_sizes, packing_waste
+from lora_drop_vllm.method.cost import (
+    LayerReads,
+    kv_saving,
+    layers_only_speed,
+    packed_block_sizes,
+    packing_waste,
+)
 
 BLOCK_UNITS = {"cpu": 32, "gpu": 16}  # tokens a KV block must be a multiple of
 
@@ -33,7 +39,8 @@ class CheckResult:
     Attributes:
         model: type, layers and width of the model
         config: the settings that vLLM would serve
-        ideal_speed: S_ideal if only the layers cost time and all cost the same
+        ideal_speed: S_ideal if only the layers cost time, all the same; attention and MLP share it
+            as they share a layer's weights
         kv_saved: share of the KV of generated tokens that is never written
         pools: `cpu` and `gpu`; empty if no LoRA step would leave KV out
     """
@@ -92,7 +99,7 @@ def check(model: str | Path, adapter: str | Path) -> CheckResult:
     return CheckResult(
         model=base,
         config=config,
-        ideal_speed=ideal_speed([1.0] * n, drop, config.k, 0.0),
+        ideal_speed=layers_only_speed(n, config.sites, config.k, LayerReads.of(text_config)),
         kv_saved=kv_saving(n, len(drop), config.k) if config.kv_skips else 0.0,
         pools={
             device: _pool(n - len(drop), len(drop), unit)

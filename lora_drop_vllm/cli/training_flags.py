@@ -199,7 +199,8 @@ def _adapter_flags(parser: ArgumentParser) -> None:
         parser,
         Settings,
         "injection",
-        "one correction for a whole layer, or one each for attention and MLP",
+        "one correction for a whole layer, one each for attention and MLP, or one for the "
+        "attention alone; the MLP then still runs",
         choices=SITES,
     )
     flag(parser, Settings, "length", "tokens in a row")

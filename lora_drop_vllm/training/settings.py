@@ -32,7 +32,8 @@ class Settings:
         rank: r of A [r, d] and B [d, r]
         reuse: the value that a drop layer reuses: `previous`, `anchor`, `update` or `none`
         kv: the KV of the drop layers in a LoRA step: `skip` or `write`
-        injection: `block` (one correction per layer) or `attn_mlp` (one for each of its halves)
+        injection: `block` (one correction per layer), `attn_mlp` (one for each of its halves) or
+            `attn` (one for its attention; the MLP still runs)
         length: tokens in a row of the corpus
         tokens: tokens of the corpus to read, at most
         seed: decides the order of the text, the prompts and the phases

@@ -36,6 +36,16 @@ def test_a_drop_layer_that_did_not_run_as_one_stops_the_engine(
         engine.generate([PROMPT], 4)
 
 
+def test_an_attention_whose_end_is_not_watched_stops_the_engine(
+    serve: Serve, models: dict[str, Path], tmp_path: Path
+) -> None:
+    engine = start(serve, models["llama"], tmp_path, injection="attn")
+    engine.runner.model.model.layers[4].post_attention_layernorm._forward_hooks.clear()
+    engine.runner.model.model.layers[4].input_layernorm._forward_hooks.clear()
+    with pytest.raises(RuntimeError, match=r"layers \[4\] of lora_drop\.drop_layers did not run"):
+        engine.generate([PROMPT], 4)
+
+
 def test_the_witness_looks_once(
     serve: Serve, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,13 +31,15 @@ TEXT = [
 ]
 COMBINATIONS = [
     pytest.param(reuse, kv, injection, id=f"{reuse}-{kv}-{injection}")
+    for injections in (("block", "attn_mlp"), ("attn",))
     for reuse in ("previous", "anchor", "update", "none")
     for kv in ("skip", "write")
-    for injection in ("block", "attn_mlp")
+    for injection in injections
 ]
 
 TWO = ("update-skip-block", "previous-write-attn_mlp")
 EVERYWHERE = ("llama", "qwen2")  # families that `make test` runs in every setting
+TWO_OF_ATTENTION = ("update-skip-attn", "previous-write-attn")
 
 
 def _in_ci(n: int, setting: str, family: str) -> bool:
@@ -46,7 +48,10 @@ def _in_ci(n: int, setting: str, family: str) -> bool:
         return setting in TWO and not V2
     if family not in EVERYWHERE:
         return setting == TWO[[*VARIANTS].index(family) % 2] and not V2
-    return not V2 or family == EVERYWHERE[n.bit_count() % 2]
+    ours = family == EVERYWHERE[n.bit_count() % 2]
+    if setting.endswith("-attn"):
+        return ours and (not V2 or setting in TWO_OF_ATTENTION)
+    return ours or not V2
 
 
 def combinations(*families: str) -> list[Any]:

@@ -97,6 +97,10 @@ class Oracle:
                 continue
             if s.kv == "write":
                 self._append(i, layer, layer.input_layernorm(x), [t])
+            if s.injection == "attn":
+                h = self._update(i, "attn", x[0])[None]
+                x = h + layer.mlp(layer.post_attention_layernorm(h))
+                continue
             for site in ("",) if s.injection == "block" else ("attn", "mlp"):
                 x = self._update(i, site, x[0])[None]
         return x[0]
@@ -121,6 +125,8 @@ class Oracle:
         ends = {"": (before, after)}
         if s.injection == "attn_mlp":
             ends = {"attn": (before, middle), "mlp": (middle, after)}
+        if s.injection == "attn":
+            ends = {"attn": (before, middle)}
         for site, (a, b) in ends.items():
             if s.reuse == "update":
                 name = f"layers.{i}.{site}.gate" if site else f"layers.{i}.gate"

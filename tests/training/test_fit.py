@@ -81,6 +81,7 @@ def test_noise_is_not_fitted() -> None:
         ("update", "write", "attn_mlp"),
         ("anchor", "skip", "attn_mlp"),
         ("none", "write", "block"),
+        ("update", "skip", "attn"),
     ],
 )
 def test_a_fitted_adapter_is_nearer_to_the_base(
@@ -100,7 +101,7 @@ def test_a_fitted_adapter_is_nearer_to_the_base(
     assert near < 0.95 * far
 
 
-@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
+@pytest.mark.parametrize("injection", ["block", "attn_mlp", "attn"])
 def test_previous_is_fitted_on_the_sums_of_its_inputs(smooth_model: Path, injection: str) -> None:
     """The layer comes nearer to the base model's; random layers after it blur the effect."""
     model: Any = load_model(smooth_model)
@@ -111,9 +112,9 @@ def test_previous_is_fitted_on_the_sums_of_its_inputs(smooth_model: Path, inject
     x = [model.model.embed_tokens(part.tokens) for part in samples]
     layer = model.model.layers[4]
     with torch.no_grad():
-        of, goals, outputs = fit_layer(layer, x, x, batches, config)
-        zero = [site._replace(B=0 * site.B) for site in of]
-        kept = [update(y, refresh(layer, y, b, config.kv), b, config, zero)
+        of, goals, outputs = fit_layer(layer, x, x, batches, config, config.sites.parts[4])
+        zero = {part: site._replace(B=0 * site.B) for part, site in of.items()}
+        kept = [update(layer, y, refresh(layer, y, b, config.kv), b, config, zero)
                 for y, b in zip(x, batches)]  # fmt: skip
     near, far = (sum((a - b).square().sum() for a, b in zip(y, goals)) for y in (outputs, kept))
     assert near < 0.9 * far
@@ -167,7 +168,7 @@ def test_the_command_writes_an_adapter_that_loads(
     [
         ("reuse", "--reuse best: expected one of previous, anchor, update, none"),
         ("kv", "--kv best: expected one of skip, write"),
-        ("injection", "--injection best: expected one of block, attn_mlp"),
+        ("injection", "--injection best: expected one of block, attn_mlp, attn"),
         ("dtype", "--dtype best: expected one of float32, bfloat16, float16"),
     ],
 )
