@@ -61,6 +61,7 @@ class CheckResult:
             "fits": True,
             "model": str(self.model),
             "drop_layers": list(config.drop_layers),
+            "drop_attention": list(config.drop_attention),
             "rho": round(config.rho, 3),
             "k": config.k,
             "reuse": config.reuse,
@@ -94,7 +95,7 @@ def check(model: str | Path, adapter: str | Path) -> CheckResult:
         raise ValueError(f"{model}: no such model folder, nor one in the local cache") from error
     base = BaseModel.of(text_config)
     config = resolve({"adapter": str(adapter)}, base)
-    n, drop = base.num_hidden_layers, list(config.drop_layers)
+    n, drop = base.num_hidden_layers, config.sites.layers
     skips = config.kv_skips and config.active
     return CheckResult(
         model=base,

@@ -161,7 +161,7 @@ def _report(
     ideal: float,
 ) -> Report:
     slots_stock = used["kv_slots_written"] + used["kv_slots_skipped"]
-    num_drop = len(config.drop_layers)
+    num_drop = len(config.sites.layers)
     _, block = packed_block_sizes(config.num_layers - num_drop, num_drop, BLOCK_UNITS["cpu"])
     ours, stock = times[config.k], times[0]
     period = config.k + 1

@@ -78,7 +78,7 @@ class ForcedDecoder:
         self.model = model.eval().requires_grad_(False)
         self.adapter = adapter
         self.attention, self.checkpoint = attention, checkpoint
-        self._shared = min(adapter.config.drop_layers, default=base.num_hidden_layers)
+        self._shared = min(adapter.config.sites.layers, default=base.num_hidden_layers)
 
     def hidden(self, tokens: Tensor, schedule: Schedule) -> Tensor:
         """The normed stream [N, T, d] that `logits` reads, for token ids [N, T].
@@ -156,7 +156,7 @@ class ForcedDecoder:
         if not adapted:
             return run_layer(layer, x, batch, recorded)
         beside = None if tail is None or recorded is None else (recorded.layers[i], tail)
-        if i not in config.drop_layers:
+        if i not in config.sites.parts:
             cache = None if beside is None else Beside(beside[0], beside[1].rows)
             return run_layer(layer, x, batch, cache)
         stream = refresh(layer, x, batch, config.kv, beside)

@@ -95,18 +95,24 @@ def startup_line(model: str, config: LoRADropConfig, hf_config: Any) -> str:
 
     if not config.active:
         return (
-            f"LoRA-Drop is off for {model} (k={config.k}, {len(config.drop_layers)} drop layers): "
+            f"LoRA-Drop is off for {model} (k={config.k}, {len(config.sites.layers)} drop layers): "
             "serving the stock model"
         )
     n = config.num_layers
     speed = layers_only_speed(n, config.sites, config.k, LayerReads.of(hf_config))
-    saved = kv_saving(n, len(config.drop_layers), config.k) if config.kv_skips else 0.0
+    saved = kv_saving(n, len(config.sites.layers), config.k) if config.kv_skips else 0.0
     return (
-        f"LoRA-Drop serves {model}: D={list(config.drop_layers)} of {n} layers, "
+        f"LoRA-Drop serves {model}: D={config.sites.layers} of {n} layers"
+        f"{_attention_only(config)}, "
         f"rho={config.rho:.2f}, k={config.k}, reuse={config.reuse}, kv={config.kv}, "
         f"injection={config.injection}, adapter={config.adapter or 'untrained'}; "
         f"ideal speed {speed:.2f}x (layers alone), KV saved {saved:.1%} of generated tokens"
     )
+
+
+def _attention_only(config: LoRADropConfig) -> str:
+    attention = config.sites.attention_only
+    return f" (only the attention of {attention})" if attention else ""
 
 
 def _resolve_settings(vllm_config: VllmConfig) -> LoRADropConfig:

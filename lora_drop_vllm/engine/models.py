@@ -84,7 +84,7 @@ class LoRADropModel(nn.Module):
         )
         if config.kv_skips:
             modules = [layer.self_attn.attn for layer in self.model.layers]
-            attention.pack(modules, config.drop_layers, self.lora_drop)
+            attention.pack(modules, config.sites.layers, self.lora_drop)
         # vLLM looks up compiled graphs by tag and number: with one tag they would be mixed up
         with set_model_tag(LORA_STEP_TAG):
             self.lora_step_model = LoRAStepModel(vllm_config=vllm_config, model=self.model)

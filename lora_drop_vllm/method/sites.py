@@ -52,7 +52,8 @@ class AdapterSites:
     """All sites of an adapter: names and shapes of its tensors, and what they start at.
 
     Attributes:
-        parts: the sites of each drop layer in the order that they run; "" is the whole layer
+        parts: the sites of each drop layer in the order that they run; "" is the whole layer.
+            The layers ascend.
         hidden_size, rank: d and r
         gated: whether the sites have gates
     """
@@ -64,11 +65,23 @@ class AdapterSites:
 
     @classmethod
     def of(
-        cls, drop_layers: Iterable[int], injection: str, reuse: str, hidden_size: int, rank: int
+        cls,
+        drop_layers: Iterable[int],
+        injection: str,
+        reuse: str,
+        hidden_size: int,
+        rank: int,
+        drop_attention: Iterable[int] = (),
     ) -> AdapterSites:
         """The sites that an adapter or a server with these settings has."""
-        parts = {layer: SITES[injection] for layer in drop_layers}
-        return cls(parts, hidden_size, rank, REUSE[reuse].difference)
+        parts = dict.fromkeys(drop_layers, SITES[injection])
+        parts |= dict.fromkeys(drop_attention, SITES["attn"])
+        return cls(dict(sorted(parts.items())), hidden_size, rank, REUSE[reuse].difference)
+
+    @property
+    def layers(self) -> list[int]:
+        """D: the drop layers, ascending."""
+        return list(self.parts)
 
     @property
     def attention_only(self) -> list[int]:

@@ -40,9 +40,9 @@ def fit_tensors(model: Any, samples: Sequence[Sample], config: AdapterConfig) ->
     teacher = [model.model.embed_tokens(sample.tokens) for sample in samples]
     student, tensors = teacher, {}
     batches = [sample.batch for sample in samples]
-    layers = model.model.layers[: config.drop_layers[-1] + 1]
+    layers = model.model.layers[: config.sites.layers[-1] + 1]
     for i, layer in enumerate(tqdm(layers, desc="Fitting", unit="layer")):
-        if i in config.drop_layers:
+        if i in config.sites.parts:
             of, teacher, student = fit_layer(
                 layer, teacher, student, batches, config, config.sites.parts[i]
             )

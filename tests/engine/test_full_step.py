@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from environment import V2
 from oracle import Oracle
 from serving import PROMPT, Engine, Serve, assert_same, settings_of
 from tiny import make_adapter
@@ -36,6 +37,7 @@ def test_a_drop_layer_that_did_not_run_as_one_stops_the_engine(
         engine.generate([PROMPT], 4)
 
 
+@pytest.mark.skipif(V2, reason="one runner is enough: the hooks are the model's")
 def test_an_attention_whose_end_is_not_watched_stops_the_engine(
     serve: Serve, models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -63,6 +63,16 @@ def test_an_adapter_starts_with_b_zero_and_g_one() -> None:
                 assert tensor.unique().tolist() == [float(name.endswith("gate"))]
 
 
+def test_layers_of_both_kinds_in_one_adapter() -> None:
+    of = AdapterSites.of([7, 3, 4], "attn_mlp", "none", 64, 4, drop_attention=[5, 6])
+    assert of.layers == [3, 4, 5, 6, 7] and of.runs() == [[3, 4], [5], [6], [7]]
+    assert (of.whole, of.attention_only) == ([3, 4, 7], [5, 6])
+    assert of.layer_of_site == [3, 3, 4, 4, 5, 6, 7, 7]
+    assert {n for n in of.shapes() if "s.5." in n or "s.7." in n} == {
+        f"layers.{part}.lora_{m}.weight" for part in ("5.attn", "7.attn", "7.mlp") for m in "AB"
+    }
+
+
 @pytest.mark.parametrize("injection", ["block", "attn_mlp", "attn"])
 @pytest.mark.parametrize("reuse", ["update", "none"])
 def test_sites_of_a_layer_go_back_to_their_names(injection: str, reuse: str) -> None:

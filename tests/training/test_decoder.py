@@ -25,7 +25,7 @@ COMBINATIONS = [
     pytest.param(reuse, kv, injection, id=f"{reuse}-{kv}-{injection}")
     for reuse in ("previous", "anchor", "update", "none")
     for kv in ("skip", "write")
-    for injection in ("block", "attn_mlp", "attn")
+    for injection in ("block", "attn_mlp", "attn", "mixed")
 ]
 
 

@@ -145,7 +145,15 @@ def test_the_command_writes_an_adapter_that_loads(
     assert "drop layers [4, 5], rank 4, from" in capsys.readouterr().out
     other = ["--layers", "3,6", "--injection", "attn_mlp", "--kv", "write", "--tokens", "1024"]
     assert main([*command, *other, "--dtype", "bfloat16", "--out", str(tmp_path / "b")]) == 0
+    mixed = ["--layers", "3", "--drop-attention", "5-6", "--rank", "4", "--tokens", "1024"]
+    assert main([*command, *mixed, "--out", str(tmp_path / "mixed")]) == 0
+    assert "drop layers [3], attention of [5, 6], rank 4, from" in capsys.readouterr().out
+    alone = ["--drop-attention", "5", "--rank", "4", "--tokens", "1024"]
+    assert main([*command, *alone, "--out", str(tmp_path / "alone")]) == 0
     base = BaseModel("llama", 8, 128)
+    served = resolve({"adapter": str(tmp_path / "mixed")}, base)
+    assert (served.drop_layers, served.drop_attention) == ((3,), (5, 6))
+    assert read_config(tmp_path / "alone").drop_layers == []
     assert resolve({"adapter": str(tmp_path / "a")}, base).drop_layers == (4, 5)
     assert resolve({"adapter": str(tmp_path / "b")}, base).drop_layers == (3, 6)
     config = read_config(tmp_path / "b")
@@ -187,6 +195,16 @@ def test_what_is_no_choice_is_refused_in_python_too(flag: str, message: str) -> 
         (["--rho", "0.01"], "--rho 0.01: expected 0.125 or more"),
         (["--rho", "0.5", "--layers", "3,5"], "--rho 0.5: expected nothing"),
         (["--layers", "2,5"], "--layers 2,5: expected layers of [3, 4, 5, 6]"),
+        (
+            ["--layers", "4,5", "--drop-attention", "5"],
+            "--drop-attention 5: expected none of --layers 4,5",
+        ),
+        (["--drop-attention", "7"], "--drop-attention 7: expected layers of [3, 4, 5, 6]"),
+        (["--drop-attention", "5", "--rho", "0.5"], "--rho 0.5: expected nothing"),
+        (
+            ["--drop-attention", "5", "--layers", "uniform"],
+            "--drop-attention 5: expected numbers for --layers too, not uniform",
+        ),
         (
             ["--layers", "best"],
             "--layers best: expected contiguous, uniform, similarity, kl or 3,5,9",

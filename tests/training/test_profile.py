@@ -18,9 +18,10 @@ from lora_drop_vllm.method.adapter import BaseModel, read_config
 from lora_drop_vllm.method.layers import rank_layers
 from lora_drop_vllm.plots import plot_training
 from lora_drop_vllm.training.corpus import Corpus
+from lora_drop_vllm.training.layer_profile import Profile, read_profile
 from lora_drop_vllm.training.layer_runs import Run, first_layers, measure_runs
 from lora_drop_vllm.training.layerwise import fit_tensors
-from lora_drop_vllm.training.profiler import Profile, draw, measure, read_profile
+from lora_drop_vllm.training.profiler import draw, measure
 from lora_drop_vllm.training.samples import sample
 from lora_drop_vllm.training.settings import Settings
 
