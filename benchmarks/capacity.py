@@ -21,6 +21,8 @@ from typing import Any
 from support import record, tables
 from support.engines import SHAPES, Engine, make_shape
 
+from lora_drop_vllm.method.reuse import SITES
+
 OFFERED = 2  # times as many as the larger of the two pools holds
 
 
@@ -78,7 +80,7 @@ def fit(engine: Engine, given: argparse.Namespace) -> int:
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """The metrics of the record."""
-    ours = {"untrained": True, "rho": given.rho, "k": given.k}
+    ours = {"untrained": True, "rho": given.rho, "k": given.k, "injection": given.injection}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         model = make_shape(Path(scratch) / "model", given.model)
@@ -110,6 +112,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", choices=SHAPES, default="135m", help="shape, dummy weights")
     add("--rho", type=float, default=0.5)
     add("--k", type=int, default=3)
+    add("--injection", choices=SITES, default="block", help="what drops; attn: only the attention")
     add("--prompt", type=int, default=32, help="prompt tokens of each request")
     add("--tokens", type=int, default=512, help="generated tokens of each request")
     add("--pool-mb", type=int, default=64, help="MiB of KV cache")
@@ -122,10 +125,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Searches, offers more, prints and records."""
     given = parse()
+    settings = vars(given)
+    if given.injection == "block":  # as in the records from before there was a choice
+        settings = {name: value for name, value in settings.items() if name != "injection"}
     try:
-        written = record.write("capacity", vars(given), run(given))
+        written = record.write("capacity", settings, run(given))
     except RuntimeError as error:
-        record.write("capacity", vars(given), {}, str(error))
+        record.write("capacity", settings, {}, str(error))
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
     print(json.dumps(written["metrics"], indent=2))

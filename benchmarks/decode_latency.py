@@ -1,4 +1,4 @@
-"""Time per output token with LoRA-Drop, with k = 0 and with stock vLLM, beside the ideal.
+r"""Time per output token with LoRA-Drop, with k = 0 and with stock vLLM, beside the ideal.
 
 Each engine lives in a process of its own. They take turns, so that the machine's drift hits all of
 them alike. The LoRA-Drop engine also runs k = 0, request by request. Ratios are taken round by
@@ -9,6 +9,8 @@ is given.
     python benchmarks/decode_latency.py
     python benchmarks/decode_latency.py --model 1b --rounds 5 --tokens 33
     python benchmarks/decode_latency.py --model llama-3-8b --rho 0.25 --k 1 3 5 --batch 1 8
+    for injection in block attn; do python benchmarks/decode_latency.py --model 1b --batch 1 8 \\
+        --prompt 128 1024 4096 8192 --injection $injection; done
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from support import gpu_memory, record
@@ -27,7 +30,10 @@ from support.decode_figures import Times, metrics_of
 from support.engines import SHAPES, Engine, make_shape
 from tqdm import tqdm
 
+from lora_drop_vllm.method.cost import LayerReads
 from lora_drop_vllm.method.layers import choose_layers, eligible_layers, num_drop_layers
+from lora_drop_vllm.method.reuse import SITES
+from lora_drop_vllm.method.sites import AdapterSites
 
 ENGINES = ("stock", "fewer_layers", "lora_drop")
 VARIANTS = {name: name for name in ENGINES} | {"k0": "lora_drop"}  # and whose engine runs them
@@ -50,7 +56,7 @@ def kv_pool(given: argparse.Namespace, unit: int) -> int:
             SHAPES[given.model],
             num_size(given),
             max(given.batch),
-            given.prompt + given.tokens,
+            max(given.prompt) + given.tokens,
             len(drop_layers(given)),
             unit,
         ),
@@ -72,7 +78,7 @@ def engine_arguments(given: argparse.Namespace, name: str) -> dict[str, Any]:
     arguments = dict(
         enforce_eager=not given.compile,
         dtype=given.dtype,
-        max_model_len=given.prompt + given.tokens + 64,
+        max_model_len=max(given.prompt) + given.tokens + 64,
         max_num_seqs=max(given.batch),
         kv_cache_memory_bytes=kv_pool(given, gpu_memory.UNIT if card else gpu_memory.CPU_UNIT),
         compilation_config={"cudagraph_capture_sizes": sorted(given.batch)},
@@ -93,6 +99,7 @@ def start(given: argparse.Namespace, scratch: Path, names: Sequence[str]) -> dic
         layers = SHAPES[given.model]["num_hidden_layers"] // (2 if name == "fewer_layers" else 1)
         folder = make_shape(scratch / str(layers), given.model, layers)
         ours = {"untrained": True, "drop_layers": drop_layers(given), "k": max(given.k)}
+        ours |= {"injection": given.injection}
         settings = ours if name == "lora_drop" else None
         engines[name] = Engine(str(folder), settings, engine_arguments(given, name))
         if gpu_memory.card_bytes():
@@ -111,7 +118,7 @@ def drop_layers(given: argparse.Namespace) -> list[int]:
 
 
 def measure(
-    engines: Mapping[str, Engine], given: argparse.Namespace, batch: int, k: int
+    engines: Mapping[str, Engine], given: argparse.Namespace, batch: int, k: int, prompt: int
 ) -> tuple[Times, dict[str, int]]:
     """Times of all variants, which take turns in each round; the first round warms up.
 
@@ -124,11 +131,11 @@ def measure(
     names = [name for name, engine in VARIANTS.items() if engine in engines]
     rounds: Times = {name: [] for name in names}
     held = {}
-    for n in tqdm(range(given.rounds + 1), desc=f"batch {batch}, k {k}"):
+    for n in tqdm(range(given.rounds + 1), desc=f"batch {batch}, k {k}, prompt {prompt}"):
         turn = n % len(names)
         for name in names[turn:] + names[:turn]:  # no variant is always last
             own_k = asked.get(name)
-            found = engines[VARIANTS[name]].decode(batch, given.prompt, given.tokens, own_k)
+            found = engines[VARIANTS[name]].decode(batch, prompt, given.tokens, own_k)
             if own_k is not None:
                 # after the prompts' step, one step in k + 1 is full
                 wanted = (given.tokens - 1) - (given.tokens - 1) // (own_k + 1)
@@ -155,17 +162,17 @@ def run(given: argparse.Namespace, scratch: Path) -> None:
                 "a smaller model"
             )
         together = how == "together"
-    rounds: dict[tuple[int, int], Times] = defaultdict(dict)
-    held: dict[tuple[int, int], dict[str, int]] = defaultdict(dict)
+    rounds: dict[tuple[int, ...], Times] = defaultdict(dict)
+    held: dict[tuple[int, ...], dict[str, int]] = defaultdict(dict)
     for names in [ENGINES] if together else [[name] for name in ENGINES]:
         engines = start(given, scratch, names)
-        for batch, k in itertools.product(given.batch, given.k):
-            times, used = measure(engines, given, batch, k)
-            rounds[batch, k] |= times
-            held[batch, k] |= used
-            if rounds[batch, k].keys() == VARIANTS.keys():
-                settings = {"batch": batch, "k": k, "together": together}
-                write(given, settings, rounds[batch, k], held[batch, k])
+        for setting in itertools.product(given.batch, given.k, given.prompt):
+            times, used = measure(engines, given, *setting)
+            rounds[setting] |= times
+            held[setting] |= used
+            if rounds[setting].keys() == VARIANTS.keys():
+                settings = dict(zip(("batch", "k", "prompt"), setting)) | {"together": together}
+                write(given, settings, rounds[setting], held[setting])
         for engine in engines.values():
             engine.close()
 
@@ -174,10 +181,23 @@ def write(
     given: argparse.Namespace, settings: dict[str, Any], rounds: Times, held: dict[str, int]
 ) -> None:
     """Print and record one measurement."""
-    layers = SHAPES[given.model]["num_hidden_layers"]
-    metrics = metrics_of(rounds, layers, drop_layers(given), settings["k"]) | {"gpu_bytes": held}
+    shape, drop = SHAPES[given.model], drop_layers(given)
+    sites = AdapterSites.of(drop, given.injection, "update", shape["hidden_size"], 1)
+    reads = LayerReads.of(SimpleNamespace(**shape))
+    share = reads.share(settings["batch"] * (settings["prompt"] + given.tokens // 2))
+    metrics = metrics_of(
+        rounds,
+        shape["num_hidden_layers"],
+        sites.whole,
+        settings["k"],
+        sites.attention_only,
+        share,
+    )
     print(json.dumps(settings | metrics, indent=2))
-    record.write("decode_latency", vars(given) | settings, metrics)
+    kept = vars(given) | settings
+    if given.injection == "block":  # as in the records from before there was a choice
+        del kept["injection"]
+    record.write("decode_latency", kept, metrics | {"gpu_bytes": held})
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -191,7 +211,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rho", type=float, default=0.5)
     parser.add_argument("--k", type=int, nargs="+", default=[3])
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="requests at once")
-    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[64], help="prompt tokens")
+    parser.add_argument(
+        "--injection", choices=SITES, default="block", help="what drops; attn: only the attention"
+    )
     parser.add_argument("--tokens", type=int, default=49, help="generated tokens per measurement")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="auto", help="as in vLLM; auto (default) is bfloat16")

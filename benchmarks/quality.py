@@ -6,6 +6,9 @@ the base model, and recorded. `--adapter` measures finished adapters instead.
     python benchmarks/quality.py MODEL --corpus web.jsonl.gz --text test.txt --limit 16
     python benchmarks/quality.py MODEL --corpus web.jsonl.gz --text test.txt --rho 0.5 --k 2 \
         --injection block attn_mlp
+    python benchmarks/quality.py MODEL --corpus web.jsonl.gz --text test.txt --k 3 \
+        --injection block attn          for the figure of KL over KV saved; with the numbers of a
+                                        mix of `lora-drop profile`: --layers … --drop-attention …
     python benchmarks/quality.py MODEL --text test.txt --adapter adapters/*/* --tasks piqa.jsonl
     python benchmarks/quality_tables.py      renders the newest records
 """
@@ -38,7 +41,8 @@ from lora_drop_vllm.training.layerwise import fit_tensors
 from lora_drop_vllm.training.samples import sample
 from lora_drop_vllm.training.settings import Settings
 
-LISTS = ("layers", "rho", "k", "rank", "reuse", "kv", "injection", "tokens", "seed")
+LISTS = ("layers", "rho", "k", "rank", "reuse", "kv", "injection", "drop_attention")
+LISTS += ("tokens", "seed")
 
 
 def main() -> None:
@@ -52,6 +56,8 @@ def main() -> None:
         steps = perplexity(decoder, windows, PROMPT, config.k)
         metrics: dict[str, Any] = {kind: asdict(found) for kind, found in steps.items()}
         metrics |= {"drop_layers": config.drop_layers}
+        if config.drop_attention:
+            metrics |= {"drop_attention": config.drop_attention}
         metrics |= {"tasks": [asdict(run_task(decoder, tokenizer, task)) for task in tasks]}
         about = {"text": given.text.name, "windows": len(windows), "window": WINDOW}
         about |= {"model": model_name(given.model), "prompt": PROMPT, "limit": given.limit_tasks}
@@ -83,11 +89,13 @@ def _adapters(
     cells = list(itertools.product(*(getattr(given, name) for name in LISTS)))
     for cell in tqdm(cells, desc="Adapters", unit="adapter"):
         settings = Settings(**dict(zip(LISTS, cell)))
-        if not isinstance(settings.layers, str):
+        if settings.drop_attention or not isinstance(settings.layers, str):
             settings = replace(settings, rho=None)
         samples = sample(model, tokenizer, texts, settings)
         config = new_config(given.model, model, settings, samples, given.profile)
         kept = asdict(settings) | {"corpus": [path.name for path in given.corpus]}
+        if not settings.drop_attention:  # as in the records from before there was a choice
+            del kept["drop_attention"]
         yield kept, config, fit_tensors(model, samples, config)
 
 
@@ -111,6 +119,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--reuse", nargs="+", default=["update"])
     parser.add_argument("--kv", nargs="+", default=["skip"])
     parser.add_argument("--injection", nargs="+", default=["block"])
+    parser.add_argument(
+        "--drop-attention",
+        nargs="+",
+        type=layer_numbers,
+        default=[()],
+        help="layers of which only the attention drops, beside the numbers in --layers",
+    )
     return parser.parse_args()
 
 

@@ -5,12 +5,12 @@ python benchmarks/quality_tables.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from support import record
-from support.quality_records import chats, finished, fitted, last_of_each
+from support.quality_records import chats, finished, fitted, last_of_each, mixed
 
 from lora_drop_vllm.evaluation.significance import Comparison, MeanLoss
 from lora_drop_vllm.method.cost import kv_saving
@@ -82,21 +82,32 @@ def table(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
 
 
 def _drop_layers(r: Record) -> str:
-    layers = r["metrics"]["drop_layers"]
+    return _numbers(r["metrics"]["drop_layers"])
+
+
+def _numbers(layers: Sequence[int]) -> str:
+    if not layers:
+        return "–"
     if layers == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}–{layers[-1]}"
     return ", ".join(map(str, layers))
 
 
 def _speed(r: Record) -> str:
-    m = _measured("decode_latency", r, batch=1)
+    m = _measured("decode_latency", r, batch=1, prompt=16, injection=None)
     return f"{m['speed_up']:.2f}x of {m['ideal_speed_up']:.2f}x" if m else "–"
 
 
 def _saved(r: Record) -> str:
-    formula = kv_saving(NUM_LAYERS, len(r["metrics"]["drop_layers"]), r["settings"]["k"])
+    formula = _equation_15(r)
     m = _measured("kv_saving", r)
     return f"{m['saved']:.1%} ({formula:.1%})" if m else f"– ({formula:.1%})"
+
+
+def _equation_15(r: Record) -> float:
+    m = r["metrics"]
+    drop = len(m["drop_layers"]) + len(m.get("drop_attention", ()))
+    return kv_saving(NUM_LAYERS, drop, r["settings"]["k"])
 
 
 def _measured(benchmark: str, r: Record, **wanted: Any) -> dict[str, Any]:
@@ -184,10 +195,51 @@ def sections() -> list[str]:
     lines += table(written, [setting("kv"), *QUALITY])
     lines += ["", "### Choice of layers: ρ = 0.25, k = 3", ""]
     lines += table(choice, [setting("layers", "chosen by"), drop, *QUALITY])
+    lines += _what_drops()
     draw(grid, "rho", "k", "quality_rho.png")
     draw(rank, "tokens", "rank", "quality_rank.png")
     draw_saving([r for r in record.newest("kv_saving") if r["settings"]["model"] == "135m"])
     return lines
+
+
+def _what_drops() -> list[str]:
+    """Whole layers, attentions and mixes at k = 3, as table and figure; nothing without records."""
+    kinds = {
+        "layers": fitted(k=3),
+        "attention": fitted(k=3, injection="attn"),
+        "mix": mixed(k=3),
+    }
+    if not kinds["attention"]:
+        return []
+    draw_kl_over_kv(kinds)
+    attention = (
+        "attention of",
+        lambda r: _numbers(r["metrics"].get("drop_attention", ())),
+    )
+    columns = [("drop layers", _drop_layers), attention, *QUALITY]
+    columns.append(("KV saved, Eq. 15", lambda r: f"{_equation_15(r):.1%}"))
+    lines = ["", "### What drops: layers, their attention, or a mix: k = 3", ""]
+    for kind, records in kinds.items():
+        shown = table(
+            sorted(records, key=_equation_15), [("what drops", lambda r, k=kind: k), *columns]
+        )
+        lines += shown if kind == "layers" else shown[2:]
+    return [*lines, "", "![KL over KV saved, by what drops](quality_kv_kl.png)"]
+
+
+def draw_kl_over_kv(kinds: Mapping[str, Sequence[Record]]) -> None:
+    """KL to the base model over KV saved, a curve for each kind of drop."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for kind, records in kinds.items():
+        points = sorted((_equation_15(r), r["metrics"]["all"]["kl"]) for r in records)
+        if points:
+            axes.plot(*zip(*points), marker="o", label=kind)
+    axes.set(xlabel="KV saved by Eq. 15", ylabel="KL to the base model, nats per token")
+    axes.legend()
+    figure.savefig(PAGE.parent / "quality_kv_kl.png", dpi=110)
 
 
 def draw_saving(records: Sequence[Record]) -> None:

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from support import peers, plots, record, tables, vllm_bench
@@ -42,7 +43,7 @@ from support.stream_client import RunFailedError
 from support.variants import Variant, started
 
 from lora_drop_vllm.config import LoRADropConfig
-from lora_drop_vllm.method.cost import kv_saving
+from lora_drop_vllm.method.cost import LayerReads, kv_saving
 
 GRID_RHO, GRID_K = [0.25, 0.5, 0.75], [1, 2, 3, 5]  # the paper's Tables III and IV
 
@@ -62,11 +63,13 @@ def settings_of(
 ) -> dict[str, Any]:
     """Settings of a record."""
     names = ("tokens", "rounds", "kv_tokens", "compile", "dtype")
+    attention = config.sites.attention_only
     return {
         "model": subject.name,
         "adapter": Path(subject.adapter).name if subject.adapter else None,
         "rho": round(config.rho, 4),
-        "drop_layers": list(config.drop_layers),
+        "drop_layers": config.sites.whole,
+        **({"attention_only": attention} if attention else {}),
         "reuse": config.reuse,
         "kv": config.kv,
         "k": k,
@@ -118,6 +121,8 @@ def run_setting(
     """
     context, requests, k = (settings[name] for name in ("context", "concurrency", "k"))
     drop, layers = settings["drop_layers"], subject.num_layers
+    attention = settings.get("attention_only", [])
+    share = LayerReads.of(SimpleNamespace(**subject.config)).share(context * requests)
     blocks = measure(
         variants,
         random_prompts(subject.config["vocab_size"]),
@@ -126,10 +131,10 @@ def run_setting(
         tokens=given.tokens,
         rounds=given.rounds,
     )
-    metrics = figures(blocks, layers, drop, k)
+    metrics = figures(blocks, layers, drop, k, attention_only=attention, share=share)
     if requests == 1 and given.kv_tokens and settings["kv"] == "skip":
         pair = variants["stock"], variants["lora_drop"]
-        formula = kv_saving(layers, len(drop), k)
+        formula = kv_saving(layers, len(drop) + len(attention), k)
         metrics |= kv_metrics(*pair, context, given.kv_tokens, formula)
     return metrics
 

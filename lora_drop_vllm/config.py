@@ -10,14 +10,10 @@ from lora_drop_vllm.hub import adapter_folder
 from lora_drop_vllm.method.adapter import MAX_LAYERS, BaseModel, load_tensors, read_config
 from lora_drop_vllm.method.adapter_folder import shown
 from lora_drop_vllm.method.allowed import ALLOWED, Allowed
-from lora_drop_vllm.method.layers import (
-    CHOICES,
-    choose_layers,
-    eligible_layers,
-    num_drop_layers,
-)
+from lora_drop_vllm.method.layers import CHOICES, eligible_layers
 from lora_drop_vllm.method.reuse import REUSE
 from lora_drop_vllm.method.schedule import PROMPTS
+from lora_drop_vllm.method.selection import DropLists, select
 from lora_drop_vllm.method.sites import AdapterSites
 
 MODEL_IMPL = "lora_drop"  # the value of --model-impl
@@ -38,6 +34,8 @@ class LoRADropConfig:
 
     Attributes:
         adapter: adapter folder, or None for B = 0 and g = 1 (`untrained`)
+        drop_layers: the layers that drop, whole or as `injection` says
+        drop_attention: further layers, of which only the attention drops
         rank, scale: r and alpha / r
         prompts: `wait` or `now`, whether arriving prompts wait for the next full step
         least_k: the lowest k that a request may bring; None where it may bring none
@@ -53,18 +51,19 @@ class LoRADropConfig:
     injection: str
     rank: int
     scale: float
+    drop_attention: tuple[int, ...] = ()
     prompts: str = PROMPTS[0]
     least_k: int | None = 0
 
     @property
     def rho(self) -> float:
         """Share of the eligible layers that drop."""
-        return len(self.drop_layers) / max(len(eligible_layers(self.num_layers)), 1)
+        return len(self.sites.layers) / max(len(eligible_layers(self.num_layers)), 1)
 
     @property
     def active(self) -> bool:
         """True if any layer ever drops; otherwise the stock model is served."""
-        return self.k > 0 and bool(self.drop_layers)
+        return self.k > 0 and bool(self.sites.parts)
 
     @property
     def kv_skips(self) -> bool:
@@ -75,17 +74,22 @@ class LoRADropConfig:
     def sites(self) -> AdapterSites:
         """The sites and their tensors."""
         return AdapterSites.of(
-            self.drop_layers, self.injection, self.reuse, self.hidden_size, self.rank
+            self.drop_layers,
+            self.injection,
+            self.reuse,
+            self.hidden_size,
+            self.rank,
+            self.drop_attention,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON for the engine's config, so that its hash covers everything we compile in."""
-        return asdict(self) | {"drop_layers": list(self.drop_layers)}
+        return asdict(self) | {key: list(getattr(self, key)) for key in DropLists._fields}
 
     @classmethod
     def from_dict(cls, resolved: Mapping[str, Any]) -> LoRADropConfig:
         """Inverse of `as_dict`, for the engine's other processes."""
-        return cls(**{**resolved, "drop_layers": tuple(resolved["drop_layers"])})
+        return cls(**{**resolved, **{key: tuple(resolved[key]) for key in DropLists._fields}})
 
 
 def _layer_numbers(value: list[Any]) -> bool:
@@ -112,13 +116,15 @@ def _is_floor(value: Any) -> bool:
     return isinstance(value, Mapping) and [*value] == ["min"] and value["min"] in ALLOWED["k"]
 
 
+_LAYERS = Allowed(list, "a list of layer numbers, each once", _layer_numbers)
 _SETTINGS = {
     "adapter": _Setting(Allowed(str, "a folder, or org/name on the Hugging Face Hub", bool)),
     "untrained": _Setting(Allowed(bool, "true or false", lambda value: True)),
     "k": _Setting(ALLOWED["k"], untrained=3),
     "rho": _Setting(ALLOWED["rho"], untrained=0.5),
     "layers": _Setting(Allowed.one_of(CHOICES)),
-    "drop_layers": _Setting(Allowed(list, "a list of layer numbers, each once", _layer_numbers)),
+    "drop_layers": _Setting(_LAYERS),
+    "drop_attention": _Setting(_LAYERS),
     "reuse": _Setting(ALLOWED["reuse"], untrained="update"),
     "kv": _Setting(ALLOWED["kv"], untrained="skip"),
     "injection": _Setting(ALLOWED["injection"], untrained="block", of_adapter=True),
@@ -173,24 +179,16 @@ def resolve(settings: Any, model: BaseModel) -> LoRADropConfig:
 def _resolve_untrained(
     merged: Mapping[str, Any], settings: Mapping[str, Any], model: BaseModel
 ) -> LoRADropConfig:
-    eligible = eligible_layers(model.num_hidden_layers)
     if merged["r"] > model.hidden_size:
         raise LoRADropConfigError(
             f"lora_drop.r={shown(merged['r'])}: expected at most the model's width, "
             f"{model.hidden_size}."
         )
-    layers = _drop_layers(settings, model, eligible, "eligible layers")
-    if layers is None:
-        layers = choose_layers(
-            settings.get("layers", CHOICES[0]),
-            num_drop_layers(merged["rho"], model.num_hidden_layers),
-            eligible,
-        )
     return LoRADropConfig(
         adapter=None,
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
-        drop_layers=tuple(layers),
+        **_layers(settings, model, None, merged["rho"]),
         k=merged["k"],
         reuse=merged["reuse"],
         kv=merged["kv"],
@@ -221,13 +219,13 @@ def _resolve_adapter(settings: Mapping[str, Any], model: BaseModel) -> LoRADropC
             f"lora_drop.reuse={reuse!r}: needs gates, which this adapter (reuse "
             f"{adapter.reuse!r}) lacks; use another rule or an adapter trained with {reuse!r}."
         )
-    layers = _drop_layers(settings, model, adapter.drop_layers, "the adapter's drop layers")
+    own = DropLists(adapter.drop_layers, adapter.drop_attention)
     k = settings.get("k", adapter.k)
     return LoRADropConfig(
         adapter=str(folder.resolve()),
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
-        drop_layers=tuple(adapter.drop_layers if layers is None else layers),
+        **_layers(settings, model, own, None),
         k=k,
         reuse=reuse,
         kv=settings.get("kv", adapter.kv),
@@ -249,41 +247,12 @@ def _for_requests(settings: Mapping[str, Any], k: int) -> dict[str, Any]:
     return {"prompts": settings.get("prompts", PROMPTS[0]), "least_k": least}
 
 
-def _drop_layers(
-    settings: Mapping[str, Any], model: BaseModel, candidates: list[int], named: str
-) -> list[int] | None:
-    """The layers D from `drop_layers`, or from `rho` and `layers`; None if neither is set."""
-    if "drop_layers" in settings:
-        if "rho" in settings or "layers" in settings:
-            raise LoRADropConfigError(
-                "lora_drop.drop_layers: cannot be combined with lora_drop.rho or lora_drop.layers; "
-                "leave them out."
-            )
-        layers = sorted(settings["drop_layers"])
-        eligible = eligible_layers(model.num_hidden_layers)
-        for layer in layers:
-            if layer not in eligible:
-                raise LoRADropConfigError(
-                    f"lora_drop.drop_layers={layers}: layer {layer} cannot drop; of "
-                    f"{model.num_hidden_layers} layers the first 3 and the last 1 always run; "
-                    f"expected a subset of {eligible}."
-                )
-            if layer not in candidates:
-                raise LoRADropConfigError(
-                    f"lora_drop.drop_layers={layers}: layer {layer} is not one of {named}; "
-                    f"expected a subset of {candidates}."
-                )
-        return layers
-    if "rho" not in settings:
-        if "layers" in settings and "adapter" in settings:
-            raise LoRADropConfigError(
-                f"lora_drop.layers={settings['layers']!r}: needs lora_drop.rho too; add it."
-            )
-        return None
-    count = num_drop_layers(settings["rho"], model.num_hidden_layers)
-    if count > len(candidates):
-        raise LoRADropConfigError(
-            f"lora_drop.rho={settings['rho']}: would drop {count} layers, but there are only "
-            f"{len(candidates)} of {named}; lower rho."
-        )
-    return choose_layers(settings.get("layers", CHOICES[0]), count, candidates)
+def _layers(
+    settings: Mapping[str, Any], model: BaseModel, adapter: DropLists | None, rho: float | None
+) -> dict[str, Any]:
+    """D as the fields of the config."""
+    try:
+        chosen = select(settings, model.num_hidden_layers, adapter, rho)
+    except ValueError as error:
+        raise LoRADropConfigError(str(error)) from error
+    return {key: tuple(layers) for key, layers in chosen._asdict().items()}

@@ -45,20 +45,19 @@ def _front_matter(config: AdapterConfig) -> Iterator[str]:
 
 
 def _body(folder: Path, config: AdapterConfig, made_by: str) -> Iterator[str]:
-    base, n, drop = config.base_model, config.base_model.num_hidden_layers, config.drop_layers
-    saved = kv_saving(n, len(drop), config.k) if config.kv == "skip" else 0.0
+    base, n, sites = config.base_model, config.base_model.num_hidden_layers, config.sites
+    saved = kv_saving(n, len(sites.layers), config.k) if config.kv == "skip" else 0.0
     name = config.base_model_name_or_path
     yield f"# LoRA-Drop adapter for {name}"
     yield ""
     yield (
-        f"Between two full steps, vLLM decodes {config.k} tokens without {len(drop)} of the {n} "
-        "layers; a low-rank update of the stream takes the place of each."
+        f"Between two full steps, vLLM decodes {config.k} tokens without {_left_out(config)}; a "
+        "low-rank update of the stream takes the place of each."
     )
     yield from ("", *_table(("setting", "value"), _settings(config)))
     yield from (
         *("", f"Base model: {name} ({base})."),
-        f"Ideal speed {ideal_speed([1.0] * n, drop, config.k, 0.0):.2f}x (layers alone); "
-        f"{saved:.1%} of the KV of generated tokens is not written.",
+        f"{_ideal(config)}{saved:.1%} of the KV of generated tokens is not written.",
     )
     if made_by:
         yield from ("", made_by)
@@ -69,8 +68,30 @@ def _body(folder: Path, config: AdapterConfig, made_by: str) -> Iterator[str]:
         yield from ("", "## Quality beside the base model", "", *figures)
 
 
+def _left_out(config: AdapterConfig) -> str:
+    """What LoRA steps leave out, in words."""
+    n, sites = config.base_model.num_hidden_layers, config.sites
+    whole = f"{len(sites.whole)} of the {n} layers" if sites.whole else ""
+    attention = ""
+    if sites.attention_only:
+        attention = f"the attention of {len(sites.attention_only)} of the {n} layers"
+    return " and ".join(part for part in (whole, attention) if part)
+
+
+def _ideal(config: AdapterConfig) -> str:
+    """The ideal speed; nothing where it depends on the shape of the layers, as `check` knows it."""
+    if config.sites.attention_only:
+        return ""
+    equal = [1.0] * config.base_model.num_hidden_layers
+    return (
+        f"Ideal speed {ideal_speed(equal, config.sites.whole, config.k, 0.0):.2f}x (layers alone); "
+    )
+
+
 def _settings(config: AdapterConfig) -> Iterator[tuple[str, str]]:
     yield "drop layers", ", ".join(map(str, config.drop_layers))
+    if config.drop_attention:
+        yield "attention of", ", ".join(map(str, config.drop_attention))
     for key in ("rho", "k", "r", "lora_alpha", "reuse", "kv", "injection"):
         yield f"`{key}`", f"{getattr(config, key)}"
 

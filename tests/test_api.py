@@ -102,9 +102,10 @@ def test_the_examples_of_the_docs_run(
         ({"ks": [0]}, "--k 0: expected 1 or more"),
         ({"tokens": 0}, "--tokens 0: expected 1 or more"),
         ({"prompt": -1}, "--prompt -1: expected 0 or more"),
+        ({"context": -1}, "--context -1: expected 0 or more"),
         ({"dtype": "int8"}, "--dtype int8: expected one of bfloat16, float16, float32"),
     ],
-    ids=["k", "tokens", "prompt", "dtype"],
+    ids=["k", "tokens", "prompt", "context", "dtype"],
 )
 def test_cost_refuses_what_no_flag_lets_through(
     models: dict[str, Path], settings: dict[str, Any], message: str

@@ -76,11 +76,17 @@ def test_cost_counts_what_the_drop_layers_write(
 ) -> None:
     """Tiny Llama: 8 layers, 4 eligible; heads are read from its config."""
     flags = ["--rho", "0,0.5", "--k", "1,3", "--prompt", "8", "--tokens", "100"]
+    flags += ["--context", "1000"]
     assert main(["cost", str(models["llama"]), *flags, "--json", str(tmp_path / "c.json")]) == 0
     table = json.loads((tmp_path / "c.json").read_text())["rows"]
     rows = {(row["rho"], row["k"]): row for row in table}
     assert rows[0.5, 3]["kv_saved"] == pytest.approx(2 * 75 / (8 * 108))
     assert rows[0.5, 3]["ideal_speed"] == pytest.approx(4 * 8 / (3 * 6 + 8))
+    # attention: q, o 128 x 128, k, v 128 x 64, 128 values of KV a token; MLP: 3 x 128 x 256
+    attention = 3 * 128 * 128 + 1000 * 128
+    layer = attention + 3 * 128 * 256
+    expected = 4 * 8 * layer / (3 * (8 * layer - 2 * attention) + 8 * layer)
+    assert rows[0.5, 3]["ideal_speed_attention"] == pytest.approx(expected)
     assert rows[0, 3]["kv_saved"] == 0
     config = tiny.load_model(models["llama"]).config
     per_slot = 2 * config.num_key_value_heads * config.head_dim * 2

@@ -39,7 +39,7 @@ TAKERS: list[tuple[str, Any]] = [
     ("playground", Sampling),
 ]
 NO_FLAG = {
-    ("profile", Settings): {"rho", "layers", "dtype"},  # it makes no adapter
+    ("profile", Settings): {"rho", "layers", "drop_attention", "dtype"},  # it makes no adapter
     ("evaluate", evaluate): {"decoding", "out"},  # a dataclass; --json
     ("playground", Sampling): {"top_p", "seed"},  # the page has them
 }
@@ -91,7 +91,7 @@ def test_defaults_are_those_of_what_takes_them(command: str, taker: Any) -> None
             continue
         default = OTHER_DEFAULT.get((command, name), parameter.default)
         assert flags[name].default == default, name
-        if default not in (None, False, ""):
+        if default not in (None, False, "", ()):
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
             assert f"(default: {shown})" in str(flags[name].help), name
     if taker is Settings and "rho" in flags:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,23 @@ from lora_drop_vllm.method.cost import ideal_speed
 Times = dict[str, list[list[float]]]  # by variant and round, the milliseconds of each step
 
 
-def metrics_of(rounds: Times, layers: int, drop: list[int], k: int) -> dict[str, Any]:
+def metrics_of(
+    rounds: Times,
+    layers: int,
+    drop: Sequence[int],
+    k: int,
+    attention_only: Sequence[int] = (),
+    share: float = 0.0,
+) -> dict[str, Any]:
     """Ratios of a measurement, its ideal, and the milliseconds behind them.
 
     Without the variant `fewer_layers` the cost of a layer is unknown, and what follows from it is
     left out.
+
+    Args:
+        drop: the layers that drop whole
+        attention_only: the layers of which only the attention drops
+        share: of a layer's time, what its attention takes
     """
     typical = {name: [cycle_mean(times, k + 1) for times in runs] for name, runs in rounds.items()}
 
@@ -41,13 +54,14 @@ def metrics_of(rounds: Times, layers: int, drop: list[int], k: int) -> dict[str,
     saved = step * (1 - statistics.median(ratios("fewer_layers", "stock")))
     layer = saved / (layers - layers // 2)
     rest = step - layers * layer
-    ideal = ideal_speed([layer] * layers, drop, k, rest)
+    ideal = ideal_speed([layer] * layers, drop, k, rest, attention_only, share)
+    left_out = (len(drop) + share * len(attention_only)) * layer
     return found | {
         "ideal_speed_up": round(ideal, 3),
         "share_of_ideal": round(speed / ideal, 3),
         "layer_ms": round(layer, 3),
         "rest_ms": round(rest, 3),
-        "lora_step_over_ideal": round(lora / (step - len(drop) * layer), 3),
+        "lora_step_over_ideal": round(lora / (step - left_out), 3),
     }
 
 

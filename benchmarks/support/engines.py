@@ -69,7 +69,7 @@ def make_shape(folder: Path, name: str, num_layers: int | None = None) -> Path:
     qwen = name.startswith("qwen")
     config = (Qwen2Config if qwen else LlamaConfig)(
         architectures=["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"],
-        max_position_embeddings=8192,
+        max_position_embeddings=16384,
         dtype="bfloat16",
         **shape,
     )

@@ -68,7 +68,8 @@ def _headline_column(adapter: str, rho: float) -> list[tuple[str, str]]:
 
 
 def _speed(rho: float, k: int) -> Record:
-    return _latest("decode_latency", rho=rho, k=k, batch=1, dtype="float32", compile=False)
+    usual: dict[str, Any] = dict(batch=1, prompt=16, dtype="float32", compile=False, injection=None)
+    return _latest("decode_latency", rho=rho, k=k, **usual)
 
 
 def _latest(benchmark: str, **wanted: Any) -> Record:

@@ -94,7 +94,7 @@ def rows(
     blocks: Blocks, quality: dict[str, dict[str, float]], config: LoRADropConfig
 ) -> list[dict[str, Any]]:
     """One entry per peer: time per token, speed-up over stock, quality."""
-    count = len(config.drop_layers)
+    count = len(config.sites.layers)
     names = {
         "stock": "stock vLLM",
         "lora_drop": f"LoRA-Drop, {count} layers, k = {config.k}",
@@ -185,6 +185,7 @@ def offline_adapter(subject: Subject, config: LoRADropConfig) -> Adapter:
         reuse=config.reuse,
         kv=config.kv,
         injection=config.injection,
+        drop_attention=list(config.drop_attention),
     )
     tensors = described.sites.start()
     if config.adapter:

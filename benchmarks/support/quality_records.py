@@ -20,7 +20,17 @@ def fitted(**wanted: Any) -> list[Record]:
 
     A setting wanted as None may have any value.
     """
-    conditions = {name: value for name, value in (PLAIN | wanted).items() if value is not None}
+    return [r for r in _closed_form(PLAIN | wanted) if "drop_attention" not in r["settings"]]
+
+
+def mixed(**wanted: Any) -> list[Record]:
+    """The same for adapters of which some layers drop only their attention, by number."""
+    conditions = PLAIN | {"layers": None} | wanted
+    return [r for r in _closed_form(conditions) if "drop_attention" in r["settings"]]
+
+
+def _closed_form(wanted: dict[str, Any]) -> list[Record]:
+    conditions = {name: value for name, value in wanted.items() if value is not None}
     return [
         r
         for r in record.newest("quality")

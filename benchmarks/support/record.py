@@ -118,6 +118,13 @@ def newest(*benchmarks: str) -> list[dict[str, Any]]:
 
 
 def latest(benchmark: str, **wanted: Any) -> dict[str, Any] | None:
-    """The newest record of a benchmark with these settings, on any machine; None without one."""
-    found = [r for r in newest(benchmark) if wanted.items() <= r["settings"].items()]
+    """The newest record of a benchmark with these settings, on any machine; None without one.
+
+    A setting of None is one that the record lacks.
+    """
+    found = [
+        r
+        for r in newest(benchmark)
+        if all(r["settings"].get(name) == value for name, value in wanted.items())
+    ]
     return max(found, key=lambda r: r["utc"], default=None)

@@ -64,12 +64,15 @@ def check_steps(block: Block, k: int) -> None:
         )
 
 
-def figures(blocks: dict[str, list[Block]], layers: int, drop: list[int], k: int) -> dict[str, Any]:
+def figures(
+    blocks: dict[str, list[Block]], layers: int, drop: list[int], k: int, **attention: Any
+) -> dict[str, Any]:
     """All figures of one setting.
 
     Args:
         blocks: by variant: `stock`, `k0`, `lora_drop` and, for the ideal, `fewer_layers`
-        layers, drop: n and D
+        layers, drop: n, and the layers that drop whole
+        attention: further arguments of `metrics_of`
     """
     rounds = {name: [together(b.answers) for b in found] for name, found in blocks.items()}
     for name, runs in rounds.items():
@@ -81,7 +84,7 @@ def figures(blocks: dict[str, list[Block]], layers: int, drop: list[int], k: int
     kinds = split_by_kind(rounds["lora_drop"], k)
     lora = sum(b.steps[1] for b in blocks["lora_drop"] if b.steps)
     full = sum(b.steps[0] for b in blocks["lora_drop"] if b.steps)
-    return metrics_of(rounds, layers, drop, k) | {
+    return metrics_of(rounds, layers, drop, k, **attention) | {
         "ttft_ms": {name: _first_tokens(found) for name, found in blocks.items()},
         "tokens_per_s": {
             name: round(statistics.median(b.tokens_per_s for b in found), 2)

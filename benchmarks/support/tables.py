@@ -31,7 +31,8 @@ def decode_latency(r: Record) -> list[list[str]]:
     """Step times of the engine alone."""
     s, m = r["settings"], r["metrics"]
     ratios = [_repeated(r), _times(m["ideal_speed_up"]), f"{m['share_of_ideal']:.2f}"]
-    setting = [f"{s['model']} shape, {_how(s)}", str(s["batch"]), f"{s['rho']}, {s['k']}"]
+    size, drops = f"{s['batch']} × {s['prompt']}", DROPS[s.get("injection", "block")]
+    setting = [f"{s['model']} shape, {_how(s)}", size, drops, f"{s['rho']}, {s['k']}"]
     return [[*setting, *ratios, f"{m['k0_over_stock']:.2f}", machine_name(r)]]
 
 
@@ -96,7 +97,7 @@ def capacity(r: Record) -> list[list[str]]:
     stock, ours = m["stock"], m["lora_drop"]
     return [
         [
-            f"{s['model']} shape",
+            f"{s['model']} shape{_attention(s)}",
             f"{s['rho']}, {s['k']}",
             f"{s['prompt']} + {s['tokens']}",
             f"{s['pool_mb']} MB",
@@ -121,6 +122,10 @@ def step_breakdown(r: Record) -> list[list[str]]:
 def _served(settings: Record) -> str:
     weights = f", adapter {settings['adapter']}" if settings["adapter"] else ", untrained"
     return f"{settings['model']}{weights}, {_how(settings)}"
+
+
+def _attention(settings: Record) -> str:
+    return ", attention only" if settings.get("injection") == "attn" else ""
 
 
 def _how(settings: Record) -> str:
@@ -149,13 +154,14 @@ def machine_name(r: Record) -> str:
     return found.get("gpu") or f"{found['cores']} cores of {found['cpu']}"
 
 
+DROPS = {"block": "layers", "attn_mlp": "layers, in halves", "attn": "attention"}
 Table = tuple[str, Callable[[Record], list[list[str]]]]  # header, and the rows of a record
 # second tables of the same records
 FURTHER: dict[str, list[Table]] = {"load": [(load_tables.AGAINST, load_tables.against)]}
 TABLES: dict[str, Table] = {
     "decode_latency": (
-        "decoding | batch | ρ, k | speed-up | ideal | share of ideal | k = 0 against stock | "
-        "machine",
+        "decoding | batch × prompt | what drops | ρ, k | speed-up | ideal | share of ideal | "
+        "k = 0 against stock | machine",
         decode_latency,
     ),
     "kv_saving": (

@@ -8,7 +8,13 @@ from typing import Any
 
 from lora_drop_vllm.config import LoRADropConfig, resolve
 from lora_drop_vllm.method.adapter import BaseModel
-from lora_drop_vllm.method.cost import ideal_speed, kv_saving, packed_block_sizes, packing_waste
+from lora_drop_vllm.method.cost import (
+    LayerReads,
+    kv_saving,
+    layers_only_speed,
+    packed_block_sizes,
+    packing_waste,
+)
 
 BLOCK_UNITS = {"cpu": 32, "gpu": 16}  # tokens a KV block must be a multiple of
 
@@ -33,7 +39,8 @@ class CheckResult:
     Attributes:
         model: type, layers and width of the model
         config: the settings that vLLM would serve
-        ideal_speed: S_ideal if only the layers cost time and all cost the same
+        ideal_speed: S_ideal if only the layers cost time, all the same; attention and MLP share it
+            as they share a layer's weights
         kv_saved: share of the KV of generated tokens that is never written
         pools: `cpu` and `gpu`; empty if no LoRA step would leave KV out
     """
@@ -54,6 +61,7 @@ class CheckResult:
             "fits": True,
             "model": str(self.model),
             "drop_layers": list(config.drop_layers),
+            "drop_attention": list(config.drop_attention),
             "rho": round(config.rho, 3),
             "k": config.k,
             "reuse": config.reuse,
@@ -87,12 +95,12 @@ def check(model: str | Path, adapter: str | Path) -> CheckResult:
         raise ValueError(f"{model}: no such model folder, nor one in the local cache") from error
     base = BaseModel.of(text_config)
     config = resolve({"adapter": str(adapter)}, base)
-    n, drop = base.num_hidden_layers, list(config.drop_layers)
+    n, drop = base.num_hidden_layers, config.sites.layers
     skips = config.kv_skips and config.active
     return CheckResult(
         model=base,
         config=config,
-        ideal_speed=ideal_speed([1.0] * n, drop, config.k, 0.0),
+        ideal_speed=layers_only_speed(n, config.sites, config.k, LayerReads.of(text_config)),
         kv_saved=kv_saving(n, len(drop), config.k) if config.kv_skips else 0.0,
         pools={
             device: _pool(n - len(drop), len(drop), unit)

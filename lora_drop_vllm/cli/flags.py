@@ -73,6 +73,8 @@ def cost_flags(parser: ArgumentParser) -> None:
     flag(parser, cost, "prompt", "tokens of the prompt", type=count)
     flag(parser, cost, "tokens", "tokens generated after it", type=positive)
     flag(parser, cost, "dtype", "dtype of the KV cache", choices=BYTES)
+    context = "tokens whose KV a step reads, of all requests together (for attention alone)"
+    flag(parser, cost, "context", context, type=count)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw it (needs matplotlib)")
 

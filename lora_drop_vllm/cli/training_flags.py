@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 
-from lora_drop_vllm.cli.values import MODEL, flag, layer_numbers, numbers, positive, shares
+from lora_drop_vllm.cli.values import MODEL, count, flag, layer_numbers, numbers, positive, shares
 
 SYSTEMS = "an empty one, and five that name a helpful, terse or expert assistant"
 
@@ -111,6 +111,23 @@ def profile_flags(parser: ArgumentParser) -> None:
         "--rho",
         type=shares,
     )
+    flag(
+        parser,
+        profile,
+        "save_kv",
+        "propose which layers drop whole and which only their attention, to save that share of the "
+        "KV of generated tokens; needs --criterion kl",
+        type=float,
+    )
+    flag(
+        parser,
+        profile,
+        "speed",
+        "the same for an ideal speed such as 1.3, layers alone",
+        type=float,
+    )
+    context = "tokens whose KV a step reads, of all requests together, for --speed"
+    flag(parser, profile, "context", context, type=count)
     parser.add_argument(
         "--tokens",
         type=int,
@@ -199,7 +216,8 @@ def _adapter_flags(parser: ArgumentParser) -> None:
         parser,
         Settings,
         "injection",
-        "one correction for a whole layer, or one each for attention and MLP",
+        "one correction for a whole layer, one each for attention and MLP, or one for the "
+        "attention alone; the MLP then still runs",
         choices=SITES,
     )
     flag(parser, Settings, "length", "tokens in a row")
@@ -221,6 +239,14 @@ def _layer_flags(parser: ArgumentParser) -> None:
         "such as 10-16 or 3,5,9",
         type=layer_numbers,
         metavar="CHOICE",
+    )
+    parser.add_argument(
+        "--drop-attention",
+        type=layer_numbers,
+        default=(),
+        metavar="N,...",
+        help="further layers of which only the attention drops, such as 10-16 or 3,5,9; without "
+        "numbers in --layers no layer drops whole",
     )
     parser.add_argument(
         "--profile",

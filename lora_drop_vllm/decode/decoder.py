@@ -6,8 +6,7 @@ runs at the full positions only, gathered into rows of their own. The update fil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.families import FAMILIES
 from lora_drop_vllm.kernels.reference import Update, drop_update, gated_change
 from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
-from lora_drop_vllm.method.reuse import REUSE, Reuse
-from lora_drop_vllm.method.sites import Site
+from lora_drop_vllm.method.reuse import REUSE, SPANS, Reuse
+from lora_drop_vllm.method.sites import Site, mlp_runs
 
 TOKENS_AT_ONCE = 2048  # per batch, if no gradient is needed
 
@@ -79,7 +78,7 @@ class ForcedDecoder:
         self.model = model.eval().requires_grad_(False)
         self.adapter = adapter
         self.attention, self.checkpoint = attention, checkpoint
-        self._shared = min(adapter.config.drop_layers, default=base.num_hidden_layers)
+        self._shared = min(adapter.config.sites.layers, default=base.num_hidden_layers)
 
     def hidden(self, tokens: Tensor, schedule: Schedule) -> Tensor:
         """The normed stream [N, T, d] that `logits` reads, for token ids [N, T].
@@ -157,11 +156,12 @@ class ForcedDecoder:
         if not adapted:
             return run_layer(layer, x, batch, recorded)
         beside = None if tail is None or recorded is None else (recorded.layers[i], tail)
-        if i not in config.drop_layers:
+        if i not in config.sites.parts:
             cache = None if beside is None else Beside(beside[0], beside[1].rows)
             return run_layer(layer, x, batch, cache)
         stream = refresh(layer, x, batch, config.kv, beside)
-        return update(x, stream, batch, config, config.sites.of_layer(i, self.adapter.tensors()))
+        of = config.sites.of_layer(i, self.adapter.tensors())
+        return update(layer, x, stream, batch, config, of)
 
 
 def run_layer(layer: Any, x: Tensor, batch: Batch, cache: Any = None) -> Tensor:
@@ -215,32 +215,46 @@ def _halves(layer: Any, before: Tensor, rope: Rope, mask: Any, cache: Any) -> li
         **rope.arguments(),
     )
     middle = before + attended
-    return [before, middle, middle + layer.mlp(layer.post_attention_layernorm(middle))]
+    return [before, middle, _add_mlp(layer, middle)]
+
+
+def _add_mlp(layer: Any, middle: Tensor) -> Tensor:
+    added: Tensor = middle + layer.mlp(layer.post_attention_layernorm(middle))
+    return added
 
 
 def update(
-    x: Tensor, stream: list[Tensor], batch: Batch, config: AdapterConfig, of: Sequence[Site]
+    layer: Any,
+    x: Tensor,
+    stream: list[Tensor],
+    batch: Batch,
+    config: AdapterConfig,
+    of: Mapping[str, Site],
 ) -> Tensor:
     """Fills in the LoRA positions: x_t^i = beta x_t^{i-1} + c_i + s B_i A_i x_t^{i-1} (Eq. 4).
 
     Args:
         x: [N, T, d]  the layer's input
         stream: [N, F, d] each  from `refresh`
+        of: the sites of the layer in the order that they run
 
     Returns:
         [N, T, d]  the layer's output.
     """
     layout = batch.layout
     z = take(x, layout.lora_at)
-    for site, (before, after) in zip(of, pairwise(ends(stream, config))):
-        z = through(site, z, before, after, layout, config)
+    for part, site in of.items():
+        z = through(site, z, *ends(stream, part), layout, config)
+    if mlp_runs(of):
+        z = _add_mlp(layer, z)
     result = torch.cat((stream[-1].flatten(0, 1), z)).index_select(0, layout.source)
     return result.view_as(x)
 
 
-def ends(stream: list[Tensor], config: AdapterConfig) -> list[Tensor]:
-    """The stream at the ends of a layer's sites, from the stream at the ends of its halves."""
-    return stream if config.injection == "attn_mlp" else stream[::2]
+def ends(stream: list[Tensor], part: str) -> tuple[Tensor, Tensor]:
+    """The stream at the ends of a site, from the stream at the ends of the layer's halves."""
+    start, end = SPANS[part]
+    return stream[start], stream[end]
 
 
 def through(

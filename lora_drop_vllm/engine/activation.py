@@ -80,7 +80,7 @@ def activate(vllm_config: VllmConfig) -> None:
         vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.device_config.device_type]
         stat_logger.install()
         step_kinds.install()
-    logger.info("%s", startup_line(model_config.model, config))
+    logger.info("%s", startup_line(model_config.model, config, model_config.hf_text_config))
 
 
 def active_config(vllm_config: VllmConfig) -> LoRADropConfig:
@@ -89,24 +89,30 @@ def active_config(vllm_config: VllmConfig) -> LoRADropConfig:
     return LoRADropConfig.from_dict(additional[SETTINGS])
 
 
-def startup_line(model: str, config: LoRADropConfig) -> str:
+def startup_line(model: str, config: LoRADropConfig, hf_config: Any) -> str:
     """The log line that says what is served."""
-    from lora_drop_vllm.method.cost import ideal_speed, kv_saving
+    from lora_drop_vllm.method.cost import LayerReads, kv_saving, layers_only_speed
 
     if not config.active:
         return (
-            f"LoRA-Drop is off for {model} (k={config.k}, {len(config.drop_layers)} drop layers): "
+            f"LoRA-Drop is off for {model} (k={config.k}, {len(config.sites.layers)} drop layers): "
             "serving the stock model"
         )
     n = config.num_layers
-    speed = ideal_speed([1.0] * n, list(config.drop_layers), config.k, 0.0)
-    saved = kv_saving(n, len(config.drop_layers), config.k) if config.kv_skips else 0.0
+    speed = layers_only_speed(n, config.sites, config.k, LayerReads.of(hf_config))
+    saved = kv_saving(n, len(config.sites.layers), config.k) if config.kv_skips else 0.0
     return (
-        f"LoRA-Drop serves {model}: D={list(config.drop_layers)} of {n} layers, "
+        f"LoRA-Drop serves {model}: D={config.sites.layers} of {n} layers"
+        f"{_attention_only(config)}, "
         f"rho={config.rho:.2f}, k={config.k}, reuse={config.reuse}, kv={config.kv}, "
         f"injection={config.injection}, adapter={config.adapter or 'untrained'}; "
         f"ideal speed {speed:.2f}x (layers alone), KV saved {saved:.1%} of generated tokens"
     )
+
+
+def _attention_only(config: LoRADropConfig) -> str:
+    attention = config.sites.attention_only
+    return f" (only the attention of {attention})" if attention else ""
 
 
 def _resolve_settings(vllm_config: VllmConfig) -> LoRADropConfig:

@@ -63,7 +63,7 @@ class CompactedAttention(PackedAttention):
     spec_class = DropLayerSpec
 
 
-def pack(attentions: list[Attention], drop_layers: tuple[int, ...], step: StepState) -> None:
+def pack(attentions: list[Attention], drop_layers: Sequence[int], step: StepState) -> None:
     """Gives always-on and drop layers a KV-cache group each, with blocks of equally many bytes.
 
     Args:

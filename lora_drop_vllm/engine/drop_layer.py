@@ -18,7 +18,8 @@ from vllm.utils.torch_utils import _encode_layer_name
 from lora_drop_vllm.config import LoRADropConfig
 from lora_drop_vllm.kernels import ops
 from lora_drop_vllm.kernels.heuristics import row_classes
-from lora_drop_vllm.method.reuse import REUSE, SITES, Reuse
+from lora_drop_vllm.method.reuse import REUSE, SPANS, Reuse
+from lora_drop_vllm.method.sites import AdapterSites, Site, mlp_runs
 
 
 class KeptStates(nn.Module):
@@ -60,10 +61,11 @@ class DropRun(nn.Module):
     """
 
     def __init__(
-        self, config: LoRADropConfig, A: Tensor, B: Tensor, states: Tensor, slots: Tensor
+        self, config: LoRADropConfig, sites: Sequence[Site], states: Tensor, slots: Tensor
     ) -> None:
         super().__init__()
         self.rule, self.scale = REUSE[config.reuse], config.scale
+        A, B = torch.stack([site.A for site in sites]), torch.stack([site.B for site in sites])
         self.register_buffer("A", A.to(states), persistent=False)
         self.register_buffer("B", B.to(states), persistent=False)
         self.register_buffer("states", states, persistent=False)
@@ -128,26 +130,32 @@ class DropLayer(nn.Module):
     Attributes:
         kept: the states of the run of layers that this one is in
         run: the update of the sites from this layer on; None where an earlier layer's covers them
-        kv_proj: under `kv: write`, what LoRA steps still compute of the layer
+        kv_proj: under `kv: write`, what LoRA steps still compute of the attention
+        mlp_runs: whether the layer's own MLP runs in LoRA steps, behind the update
     """
 
     kept: KeptStates
     run: DropRun | None
     kv_proj: KVProjection | QuantizedKV | None
+    mlp_runs: bool
 
     def lora_step(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The layer in a LoRA step: no attention, no MLP.
+        """The layer in a LoRA step: no attention, and an MLP only where no site replaces it.
 
         The first layer of a run returns the stream behind the run's last layer, [T, d], and None;
-        the others return what they are given.
+        the others return what they are given. A layer whose MLP runs returns both its output and
+        its input.
         """
         if self.run is None:
             return hidden_states, residual
         x = hidden_states if residual is None else hidden_states + residual
         written = None if self.kv_proj is None else self._write_kv(positions, x)
-        return self.run.update(x, written), None
+        x = self.run.update(x, written)
+        if self.mlp_runs:
+            return self.mlp(self.post_attention_layernorm(x)), x
+        return x, None
 
     def _write_kv(self, positions: Tensor, x: Tensor) -> Tensor:
         """Writes K and V of this step; returns what orders the write in a compiled graph."""
@@ -188,44 +196,46 @@ def make_drop_layers(
         states: [sites of all drop layers in their order, max_requests, d]
         slots: [max_tokens]
     """
-    per_layer = len(SITES[config.injection])
-    rule = REUSE[config.reuse]
-
-    tensors = config.sites.start() if tensors is None else tensors
-    filled = [site for i in config.drop_layers for site in config.sites.of_layer(i, tensors)]
-
-    for run in _runs(config.drop_layers):
-        sites = range(run.start * per_layer, run.stop * per_layer)
-        own_states = states[sites.start : sites.stop]
-        gates = torch.stack([filled[n].gate for n in sites]) if rule.difference else None
+    sites, rule = config.sites, REUSE[config.reuse]
+    tensors = sites.start() if tensors is None else tensors
+    first = 0
+    for run in sites.runs():
+        of = [site for i in run for site in sites.of_layer(i, tensors).values()]
+        own_states = states[first : first + len(of)]
+        first += len(of)
+        gates = torch.stack([site.gate for site in of]) if rule.difference else None
         kept = KeptStates(rule, own_states, slots, gates)
-        dropped = [layers[config.drop_layers[place]] for place in run]
-        for layer in dropped:
-            _drop(layer, kept, config)
-        behind = layers[config.drop_layers[run.stop - 1] + 1]  # the last layer never drops
-        for place, norm in enumerate([*_norms(dropped, per_layer), behind.input_layernorm]):
+        for i in run:
+            _drop(layers[i], kept, config, mlp_runs(sites.parts[i]))
+        for place, norm in enumerate(_norms(layers, run, sites)):
             _watch(norm, kept, place)
         # under `kv: write` every layer needs its own input for K and V: one update per layer
-        step = len(sites) if config.kv_skips else per_layer
-        for start in range(0, len(sites), step):
-            updated = sites[start : start + step]
-            A, B = (torch.stack([getattr(filled[n], name) for n in updated]) for name in "AB")
-            layer = layers[config.drop_layers[updated.start // per_layer]]
-            layer.run = DropRun(config, A, B, states[updated.start : updated.stop], slots)
+        for updated in [run] if config.kv_skips else [[i] for i in run]:
+            count = sum(len(sites.parts[i]) for i in updated)
+            layers[updated[0]].run = DropRun(config, of[:count], own_states[:count], slots)
+            of, own_states = of[count:], own_states[count:]
 
 
-def _drop(layer: Any, kept: KeptStates, config: LoRADropConfig) -> None:
+def _drop(layer: Any, kept: KeptStates, config: LoRADropConfig, mlp_runs: bool) -> None:
     """Turns one layer into a drop layer."""
     layer.__class__ = _drop_class(type(layer))
-    layer.kept, layer.run, layer.kv_proj = kept, None, None
+    layer.kept, layer.run, layer.kv_proj, layer.mlp_runs = kept, None, None, mlp_runs
     if not config.kv_skips:
         _write_kv_in_lora_steps(layer)
 
 
-def _norms(layers: Sequence[Any], per_layer: int) -> list[Any]:
-    """The norm in front of each site of these layers."""
-    names = ("input_layernorm", "post_attention_layernorm")[:per_layer]
-    return [getattr(layer, name) for layer in layers for name in names]
+def _norms(layers: Sequence[Any], run: Sequence[int], sites: AdapterSites) -> list[Any]:
+    """The norm in front of each site of a run of layers, and the one behind the last site."""
+    spans = [(i, SPANS[part]) for i in run for part in sites.parts[i]]
+    last, (_, end) = spans[-1]
+
+    def norm(layer: int, place: int) -> Any:
+        own = layers[layer]
+        # the last layer never drops
+        norms = own.input_layernorm, own.post_attention_layernorm, layers[layer + 1].input_layernorm
+        return norms[place]
+
+    return [norm(i, start) for i, (start, _) in spans] + [norm(last, end)]
 
 
 def _watch(norm: Any, kept: KeptStates, place: int) -> None:
@@ -239,17 +249,6 @@ def _watch(norm: Any, kept: KeptStates, place: int) -> None:
             kept.take(output[1], place)
 
     norm.register_forward_hook(take)
-
-
-def _runs(drop_layers: Sequence[int]) -> list[range]:
-    """Places in `drop_layers`, with neighbouring layers together."""
-    runs: list[range] = []
-    for place, index in enumerate(drop_layers):
-        if place and drop_layers[place - 1] == index - 1:
-            runs[-1] = range(runs[-1].start, place + 1)
-        else:
-            runs.append(range(place, place + 1))
-    return runs
 
 
 def _write_kv_in_lora_steps(layer: Any) -> None:

@@ -20,7 +20,6 @@ from lora_drop_vllm.engine import attention
 from lora_drop_vllm.engine.activation import active_config
 from lora_drop_vllm.engine.drop_layer import DropLayer, make_drop_layers
 from lora_drop_vllm.method.adapter import load_tensors, read_config
-from lora_drop_vllm.method.reuse import SITES
 from lora_drop_vllm.method.schedule import StepKind
 from lora_drop_vllm.method.state import StepState
 
@@ -69,7 +68,7 @@ class LoRADropModel(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         scheduler = vllm_config.scheduler_config
         self.lora_drop = StepState(
-            num_sites=len(SITES[config.injection]) * len(config.drop_layers),
+            num_sites=len(config.sites.layer_of_site),
             max_requests=scheduler.max_num_seqs,
             max_tokens=scheduler.max_num_batched_tokens,
             hidden_size=config.hidden_size,
@@ -85,7 +84,7 @@ class LoRADropModel(nn.Module):
         )
         if config.kv_skips:
             modules = [layer.self_attn.attn for layer in self.model.layers]
-            attention.pack(modules, config.drop_layers, self.lora_drop)
+            attention.pack(modules, config.sites.layers, self.lora_drop)
         # vLLM looks up compiled graphs by tag and number: with one tag they would be mixed up
         with set_model_tag(LORA_STEP_TAG):
             self.lora_step_model = LoRAStepModel(vllm_config=vllm_config, model=self.model)

@@ -39,10 +39,10 @@ def check_supported(vllm_config: VllmConfig, config: LoRADropConfig) -> None:
                 f"--model-impl lora_drop does not support {feature}; {way_out}."
             )
     layer_types = getattr(vllm_config.model_config.hf_config, "layer_types", None) or []
-    sliding = [i for i in config.drop_layers if "sliding" in "".join(layer_types[i : i + 1])]
+    sliding = [i for i in config.sites.layers if "sliding" in "".join(layer_types[i : i + 1])]
     if sliding:
         raise LoRADropConfigError(
-            f"lora_drop.drop_layers={list(config.drop_layers)}: layers {sliding} use "
+            f"lora_drop.drop_layers={config.sites.layers}: layers {sliding} use "
             "sliding-window attention, which LoRA-Drop does not support; leave them out."
         )
 

@@ -88,7 +88,8 @@ def _served(config: LoRADropConfig) -> dict[str, str]:
     """Labels of the gauge that says what is served; of the adapter's path the folder's name."""
     return {
         "adapter": Path(config.adapter).name if config.adapter else "",
-        "drop_layers": ",".join(map(str, config.drop_layers)),
+        "drop_layers": ",".join(map(str, config.sites.layers)),
+        "attention_only": ",".join(map(str, config.sites.attention_only)),
         "num_layers": str(config.num_layers),
         "k": str(config.k),
         "least_k": "none" if config.least_k is None else str(config.least_k),

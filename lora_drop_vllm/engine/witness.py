@@ -16,15 +16,13 @@ from torch import Tensor
 
 
 @contextmanager
-def states_filled(
-    states: Tensor, slots: Sequence[int], drop_layers: Sequence[int]
-) -> Iterator[None]:
+def states_filled(states: Tensor, slots: Sequence[int], layers: Sequence[int]) -> Iterator[None]:
     """Run a full step inside. Waits for the device once, when the step is over.
 
     Args:
-        states: [n_sites, max_requests, d]; the sites of one drop layer are neighbours
+        states: [n_sites, max_requests, d]
         slots: state slots of the requests in the step
-        drop_layers: D
+        layers: the drop layer of each site
 
     Raises:
         RuntimeError: a drop layer did not fill the states of these requests.
@@ -32,11 +30,10 @@ def states_filled(
     rows = torch.tensor(slots, device=states.device)
     states[:, rows] = float("nan")  # also what any state computed from an unfilled one is
     yield
-    per_layer = len(states) // len(drop_layers)
-    unfilled = states[:, rows].isnan().flatten(1).any(1).unflatten(0, (-1, per_layer)).any(1)
-    if layers := [layer for layer, missed in zip(drop_layers, unfilled.tolist()) if missed]:
+    unfilled = states[:, rows].isnan().flatten(1).any(1).tolist()
+    if missed := sorted({layer for layer, nan in zip(layers, unfilled) if nan}):
         raise RuntimeError(
-            f"layers {layers} of lora_drop.drop_layers did not run as drop layers in a full step "
+            f"layers {missed} of lora_drop.drop_layers did not run as drop layers in a full step "
             "(their states are unfilled or NaN). Something calls vLLM's own layer instead, or the "
             "model computes NaN. Serve without the feature that wraps layers, or without "
             "--model-impl lora_drop."

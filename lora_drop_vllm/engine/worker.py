@@ -50,4 +50,5 @@ class PlanReceiver:
         if not REUSE[config.reuse].keeps_state:
             return nullcontext()
         slots = [row.slot for row in plan.rows.values()]
-        return states_filled(self.model_runner.model.lora_drop.states, slots, config.drop_layers)
+        states = self.model_runner.model.lora_drop.states
+        return states_filled(states, slots, config.sites.layer_of_site)

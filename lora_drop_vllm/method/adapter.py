@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -30,6 +30,7 @@ PEFT_TYPE = "LORA_DROP"
 FORMAT = 1
 MAX_LAYERS = 10_000  # of a base model; checked before any list of layers is built
 MAX_ALPHA = 1e30  # finite in fp32, whatever the rank
+OPTIONAL = ("drop_attention",)  # keys that a file may lack
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,7 +56,12 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The contents of `adapter_config.json`, under the same names."""
+    """The contents of `adapter_config.json`, under the same names.
+
+    Attributes:
+        drop_layers: the layers that drop, whole or as `injection` says
+        drop_attention: further layers, of which only the attention drops
+    """
 
     base_model_name_or_path: str
     base_model: BaseModel
@@ -67,6 +73,7 @@ class AdapterConfig:
     reuse: str
     kv: str
     injection: str
+    drop_attention: list[int] = field(default_factory=list)
     head_layers: int = HEAD_LAYERS
     tail_layers: int = TAIL_LAYERS
     peft_type: str = PEFT_TYPE
@@ -78,10 +85,18 @@ class AdapterConfig:
         return self.lora_alpha / self.r
 
     @property
+    def dropped(self) -> str:
+        """The drop layers, as results name them."""
+        attention = f", attention of {self.drop_attention}" if self.drop_attention else ""
+        return f"drop layers {self.drop_layers}{attention}"
+
+    @property
     def sites(self) -> AdapterSites:
         """The sites and their tensors."""
         d = self.base_model.hidden_size
-        return AdapterSites.of(self.drop_layers, self.injection, self.reuse, d, self.r)
+        return AdapterSites.of(
+            self.drop_layers, self.injection, self.reuse, d, self.r, self.drop_attention
+        )
 
 
 def save_adapter(
@@ -96,9 +111,14 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     # a folder in use never holds half a file, nor a new config beside old tensors
     with replacing(folder / CONFIG_FILE) as text, replacing(folder / TENSOR_FILE) as weights:
-        text.write_text(json.dumps(asdict(config), indent=2) + "\n")
+        text.write_text(json.dumps(_in_file(config), indent=2) + "\n")
         save_file({name: t.contiguous() for name, t in tensors.items()}, weights)
         weights.chmod(text.stat().st_mode)  # safetensors lets only the owner read
+
+
+def _in_file(config: AdapterConfig) -> dict[str, Any]:
+    """A config without the optional keys that are empty; older versions read it, too."""
+    return {key: value for key, value in asdict(config).items() if value or key not in OPTIONAL}
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -191,7 +211,7 @@ _IN_JSON: dict[Any, tuple[tuple[type, ...], str]] = {
 def _check_fields(path: Path, prefix: str, kind: type, raw: dict[str, Any]) -> None:
     """Raises AdapterError unless the keys and types are those of a dataclass."""
     hints = get_type_hints(kind)
-    if missing := sorted(hints.keys() - raw.keys()):
+    if missing := sorted(hints.keys() - raw.keys() - set(OPTIONAL)):
         raise AdapterError(f"{path}: missing key {prefix + missing[0]!r}.")
     if unknown := sorted(raw.keys() - hints.keys()):
         raise AdapterError(
@@ -199,6 +219,8 @@ def _check_fields(path: Path, prefix: str, kind: type, raw: dict[str, Any]) -> N
             f"{', '.join(sorted(hints))}."
         )
     for key, hint in hints.items():
+        if key not in raw:
+            continue
         types, name = _IN_JSON.get(hint, ((hint,), hint.__name__))
         if not isinstance(raw[key], types) or isinstance(raw[key], bool):
             raise AdapterError(f"{path}: {prefix}{key}={shown(raw[key])}: expected {name}.")
@@ -227,19 +249,27 @@ def _check_values(path: Path, config: AdapterConfig) -> None:
     require(config.tail_layers == TAIL_LAYERS, "tail_layers", str(TAIL_LAYERS))
     num_layers = base.num_hidden_layers
     eligible = eligible_layers(num_layers)
+    for key in ("drop_layers", "drop_attention"):
+        layers = getattr(config, key)
+        require(
+            all(type(i) is int for i in layers)
+            and sorted(set(layers)) == layers
+            and set(layers) <= set(eligible),
+            key,
+            f"ascending layer numbers, each once, from {_span(eligible)} (the first {HEAD_LAYERS} "
+            f"and the last {TAIL_LAYERS} of {num_layers} always run)",
+        )
     require(
-        all(type(i) is int for i in config.drop_layers)
-        and sorted(set(config.drop_layers)) == config.drop_layers
-        and set(config.drop_layers) <= set(eligible),
-        "drop_layers",
-        f"ascending layer numbers, each once, from {_span(eligible)} (the first {HEAD_LAYERS} and "
-        f"the last {TAIL_LAYERS} of {num_layers} always run)",
+        not set(config.drop_layers) & set(config.drop_attention),
+        "drop_attention",
+        f"none of drop_layers={config.drop_layers}",
     )
     count = num_drop_layers(config.rho, num_layers)
     require(
-        len(config.drop_layers) == count,
+        len(config.sites.layers) == count,
         "drop_layers",
-        f"{count} layers, what rho={config.rho} gives for {len(eligible)} eligible ones",
+        f"{count} layers with those of drop_attention, what rho={config.rho} gives for "
+        f"{len(eligible)} eligible ones",
     )
 
 

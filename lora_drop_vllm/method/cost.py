@@ -2,20 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-def ideal_speed(layer_costs: list[float], drop_layers: list[int], k: int, rest: float) -> float:
-    """Speed-up of decoding if a dropped layer cost nothing, S_ideal (Eq. 7-10).
+if TYPE_CHECKING:
+    from lora_drop_vllm.method.sites import AdapterSites
+
+
+def ideal_speed(
+    layer_costs: Sequence[float],
+    drop_layers: Iterable[int],
+    k: int,
+    rest: float,
+    attention_only: Iterable[int] = (),
+    share: float = 0.0,
+) -> float:
+    """Speed-up of decoding if what drops cost nothing, S_ideal (Eq. 7-10).
 
     Args:
         layer_costs: c_i, the time of each layer in a full step, in any unit
-        drop_layers: D
+        drop_layers: the layers that drop whole
         k: LoRA steps between two full steps
         rest: c_h, the time of everything outside the layers, in the same unit
+        attention_only: the layers of which only the attention drops
+        share: of c_i, what the attention of layer i takes
     """
     full = sum(layer_costs) + rest
-    dropped = set(drop_layers)
-    lora = sum(c for i, c in enumerate(layer_costs) if i not in dropped) + rest
-    return (k + 1) * full / (k * lora + full)
+    dropped = sum(layer_costs[i] for i in drop_layers)
+    dropped += share * sum(layer_costs[i] for i in attention_only)
+    return (k + 1) * full / (k * (full - dropped) + full)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReads:
+    """The number of values that one decoder layer reads in a step.
+
+    Attributes:
+        attention, mlp: weights
+        token: keys and values of one token of context
+    """
+
+    attention: int
+    mlp: int
+    token: int
+
+    @classmethod
+    def of(cls, config: Any) -> LayerReads:
+        """The reads of a layer of a Hugging Face config of Llama's form, biases and norms aside."""
+        d, heads = config.hidden_size, config.num_attention_heads
+        size = head_dim(config)
+        token = 2 * config.num_key_value_heads * size
+        return cls(d * (2 * heads * size + token), 3 * d * config.intermediate_size, token)
+
+    def share(self, context: int = 0) -> float:
+        """The share of the attention, if a step reads `context` tokens of all its requests."""
+        attention = self.attention + context * self.token
+        return attention / (attention + self.mlp)
+
+
+def head_dim(config: Any) -> int:
+    """Size of an attention head of a Hugging Face config."""
+    found = getattr(config, "head_dim", None)
+    return int(found or config.hidden_size // config.num_attention_heads)
+
+
+def layers_only_speed(
+    num_layers: int, sites: AdapterSites, k: int, reads: LayerReads, context: int = 0
+) -> float:
+    """S_ideal if only the layers cost time, all the same, in proportion to what they read."""
+    equal, share = [1.0] * num_layers, reads.share(context)
+    return ideal_speed(equal, sites.whole, k, 0.0, sites.attention_only, share)
 
 
 def kv_saving(num_layers: int, num_drop: int, k: int) -> float:

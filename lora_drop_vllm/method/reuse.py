@@ -36,6 +36,13 @@ REUSE: dict[str, Reuse] = {
 
 # Injection points: the sites of a drop layer, each with a state and an adapter of its own, in the
 # order that they run. The empty name is the whole layer.
-SITES: dict[str, tuple[str, ...]] = {"block": ("",), "attn_mlp": ("attn", "mlp")}
+SITES: dict[str, tuple[str, ...]] = {
+    "block": ("",),
+    "attn_mlp": ("attn", "mlp"),
+    "attn": ("attn",),  # the layer's own MLP runs behind it
+}
+
+# The ends of each site: 0 in front of the layer, 1 between its attention and its MLP, 2 behind it.
+SPANS: dict[str, tuple[int, int]] = {"": (0, 2), "attn": (0, 1), "mlp": (1, 2)}
 
 KV_MODES: tuple[str, ...] = ("skip", "write")

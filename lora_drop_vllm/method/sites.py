@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_drop_vllm.method.reuse import REUSE, SITES
+from lora_drop_vllm.method.reuse import REUSE, SITES, SPANS
 
 
 class Site(NamedTuple):
@@ -42,12 +42,18 @@ TENSORS = {
 }
 
 
+def mlp_runs(parts: Iterable[str]) -> bool:
+    """True if the MLP of a layer with these sites runs in LoRA steps, too."""
+    return max(SPANS[part][1] for part in parts) < max(SPANS[""])
+
+
 @dataclass(frozen=True)
 class AdapterSites:
     """All sites of an adapter: names and shapes of its tensors, and what they start at.
 
     Attributes:
-        parts: the sites of each drop layer in the order that they run; "" is the whole layer
+        parts: the sites of each drop layer in the order that they run; "" is the whole layer.
+            The layers ascend.
         hidden_size, rank: d and r
         gated: whether the sites have gates
     """
@@ -59,11 +65,50 @@ class AdapterSites:
 
     @classmethod
     def of(
-        cls, drop_layers: Iterable[int], injection: str, reuse: str, hidden_size: int, rank: int
+        cls,
+        drop_layers: Iterable[int],
+        injection: str,
+        reuse: str,
+        hidden_size: int,
+        rank: int,
+        drop_attention: Iterable[int] = (),
     ) -> AdapterSites:
         """The sites that an adapter or a server with these settings has."""
-        parts = {layer: SITES[injection] for layer in drop_layers}
-        return cls(parts, hidden_size, rank, REUSE[reuse].difference)
+        parts = dict.fromkeys(drop_layers, SITES[injection])
+        parts |= dict.fromkeys(drop_attention, SITES["attn"])
+        return cls(dict(sorted(parts.items())), hidden_size, rank, REUSE[reuse].difference)
+
+    @property
+    def layers(self) -> list[int]:
+        """D: the drop layers, ascending."""
+        return list(self.parts)
+
+    @property
+    def attention_only(self) -> list[int]:
+        """The drop layers whose own MLP runs in LoRA steps, too."""
+        return [layer for layer, parts in self.parts.items() if mlp_runs(parts)]
+
+    @property
+    def whole(self) -> list[int]:
+        """The drop layers of which nothing runs in LoRA steps."""
+        return [layer for layer, parts in self.parts.items() if not mlp_runs(parts)]
+
+    @property
+    def layer_of_site(self) -> list[int]:
+        """The layer of each site, for all sites in the order that they run."""
+        return [layer for layer, parts in self.parts.items() for _ in parts]
+
+    def runs(self) -> list[list[int]]:
+        """The drop layers, those together that run nothing but their sites one after the other."""
+        runs: list[list[int]] = []
+        for layer, parts in self.parts.items():
+            before = runs[-1][-1] if runs else None
+            joins = before == layer - 1 and not mlp_runs(self.parts[before])
+            if joins and not mlp_runs(parts):
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        return runs
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of exactly the tensors that belong to the adapter."""
@@ -84,18 +129,18 @@ class AdapterSites:
                 tensors[name] = torch.full(shape, start or 0.0)
         return tensors
 
-    def of_layer(self, layer: int, tensors: Mapping[str, Tensor]) -> list[Site]:
+    def of_layer(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Site]:
         """The sites of one drop layer in the order that they run, from an adapter's tensors."""
-        return [
-            Site(**{field: tensors[name] for name, field in self._names_of(layer, part)})
+        return {
+            part: Site(**{field: tensors[name] for name, field in self._names_of(layer, part)})
             for part in self.parts[layer]
-        ]
+        }
 
-    def named(self, layer: int, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def named(self, layer: int, sites: Mapping[str, Site]) -> dict[str, Tensor]:
         """The tensors of one drop layer by name; the inverse of `of_layer`."""
         return {
             name: getattr(site, field)
-            for part, site in zip(self.parts[layer], sites)
+            for part, site in sites.items()
             for name, field in self._names_of(layer, part)
         }
 

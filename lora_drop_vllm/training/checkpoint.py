@@ -71,6 +71,7 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             base = BaseModel(**state["config"].pop("base_model"))
             config = AdapterConfig(base_model=base, **state["config"])
+            state["run"].setdefault("drop_attention", [])  # runs from before it could be set
             position = read_position(state["position"])
             return cls(config, state["run"], state["step"], position, tensors)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -12,8 +12,9 @@ from lora_drop_vllm.decode.pretrained import model_name, open_model
 from lora_drop_vllm.method.adapter import AdapterConfig, save_adapter
 from lora_drop_vllm.model_card import write_card
 from lora_drop_vllm.training.corpus import read_corpus, remark
+from lora_drop_vllm.training.layer_profile import read_profile
 from lora_drop_vllm.training.layerwise import fit_tensors
-from lora_drop_vllm.training.profiler import measure, read_profile
+from lora_drop_vllm.training.profiler import measure
 from lora_drop_vllm.training.samples import Sample, sample
 from lora_drop_vllm.training.settings import CRITERIA, DTYPES, Settings
 
@@ -35,7 +36,7 @@ class FitResult:
     skipped: int
 
     def __str__(self) -> str:
-        made = f"{self.folder}: drop layers {self.config.drop_layers}, rank {self.config.r}"
+        made = f"{self.folder}: {self.config.dropped}, rank {self.config.r}"
         return f"{made}, from {self.tokens} tokens{remark(self.skipped)}"
 
 
@@ -89,9 +90,10 @@ def new_config(
     of, name, layers = base_model(base), model_name(model), settings.layers
     if profile is None and layers not in CRITERIA:
         return settings.config(name, of)
-    if layers not in (*CRITERIA, "contiguous"):
+    if settings.numbers is not None or layers not in (*CRITERIA, "contiguous"):
+        named = layers if settings.numbers is None else "by number"
         raise ValueError(
-            f"--profile {profile}: --layers {layers} does not use it; leave it out, or choose by "
+            f"--profile {profile}: --layers {named} does not use it; leave it out, or choose by "
             f"contiguous or {' or '.join(CRITERIA)}"
         )
     plain = replace(settings, layers="contiguous").config(name, of)

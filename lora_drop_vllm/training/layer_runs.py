@@ -19,6 +19,7 @@ from lora_drop_vllm.decode.divergence import kl_divergence
 from lora_drop_vllm.decode.positions import take
 from lora_drop_vllm.method.adapter import AdapterConfig
 from lora_drop_vllm.method.layers import eligible_layers
+from lora_drop_vllm.method.reuse import SITES
 from lora_drop_vllm.training.layerwise import fit_layer
 from lora_drop_vllm.training.samples import HELD_OUT, Sample
 
@@ -60,7 +61,7 @@ def measure_runs(
     Raises:
         ValueError: there are too few batches.
     """
-    layers = model.model.layers
+    layers, parts = model.model.layers, SITES[config.injection]
     eligible = eligible_layers(len(layers))
     wanted: dict[int, set[int]] = {i: set() for i in eligible}
     for count in {1, *counts}:
@@ -87,7 +88,9 @@ def measure_runs(
                 continue
             teacher = student = x
             for count, own in enumerate(layers[i : i + max(wanted[i])], start=1):
-                _, teacher, student = fit_layer(own, teacher, student, batches, config, unseen)
+                _, teacher, student = fit_layer(
+                    own, teacher, student, batches, config, parts, unseen
+                )
                 x = teacher if count == 1 else x
                 if count in wanted[i]:
                     kl = _mean_divergence(model, to_the_end(student, i + count), base)

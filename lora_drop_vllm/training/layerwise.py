@@ -8,7 +8,7 @@ layer never run.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from lora_drop_vllm.decode.decoder import (
 )
 from lora_drop_vllm.decode.positions import take
 from lora_drop_vllm.method.adapter import AdapterConfig
-from lora_drop_vllm.method.reuse import REUSE, SITES
+from lora_drop_vllm.method.reuse import REUSE
 from lora_drop_vllm.method.sites import Site
 from lora_drop_vllm.training.regression import Moments, fit_site
 from lora_drop_vllm.training.samples import HELD_OUT, Sample
@@ -40,10 +40,12 @@ def fit_tensors(model: Any, samples: Sequence[Sample], config: AdapterConfig) ->
     teacher = [model.model.embed_tokens(sample.tokens) for sample in samples]
     student, tensors = teacher, {}
     batches = [sample.batch for sample in samples]
-    layers = model.model.layers[: config.drop_layers[-1] + 1]
+    layers = model.model.layers[: config.sites.layers[-1] + 1]
     for i, layer in enumerate(tqdm(layers, desc="Fitting", unit="layer")):
-        if i in config.drop_layers:
-            of, teacher, student = fit_layer(layer, teacher, student, batches, config)
+        if i in config.sites.parts:
+            of, teacher, student = fit_layer(
+                layer, teacher, student, batches, config, config.sites.parts[i]
+            )
             tensors |= config.sites.named(i, of)
             continue
         shared = student is teacher
@@ -58,21 +60,23 @@ def fit_layer(
     student: list[Tensor],
     batches: Sequence[Batch],
     config: AdapterConfig,
+    parts: Iterable[str],
     unseen: Container[int] = (),
-) -> tuple[list[Site], list[Tensor], list[Tensor]]:
+) -> tuple[dict[str, Site], list[Tensor], list[Tensor]]:
     """The fitted sites of a drop layer, and both streams after it.
 
     Args:
         teacher, student: [N, T, d] per batch  the layer's input without and with LoRA-Drop
+        parts: names of the layer's sites in the order that they run
         unseen: numbers of the batches that serve neither the fit nor the choice of the ridge
     """
     rule = REUSE[config.reuse]
-    goals = [ends(halves(layer, x, batch), config)[1:] for x, batch in zip(teacher, batches)]
+    goals = [halves(layer, x, batch) for x, batch in zip(teacher, batches)]
     streams = [refresh(layer, x, batch, config.kv) for x, batch in zip(student, batches)]
     z = [take(x, batch.layout.lora_at) for x, batch in zip(student, batches)]
-    of: list[Site] = []
-    for n in range(len(SITES[config.injection])):
-        around = [ends(stream, config)[n : n + 2] for stream in streams]
+    of: dict[str, Site] = {}
+    for part in parts:
+        around = [ends(stream, part) for stream in streams]
         fitted, held_out = (Moments.zero(z[0].shape[-1], z[0].device) for _ in range(2))
         for number, batch in enumerate(batches):
             if number in unseen:
@@ -80,16 +84,17 @@ def fit_layer(
             state = kept(*around[number], rule, None)
             (held_out if number % HELD_OUT == 1 else fitted).add(
                 regressor(z[number], batch.layout, rule),
-                take(goals[number][n], batch.layout.lora_at),
+                take(ends(goals[number], part)[1], batch.layout.lora_at),
                 None if state is None else take(state, batch.layout.slots),
                 rule.beta,
             )
-        of.append(fit_site(fitted, held_out, rule, config.r, config.scale))
+        of[part] = fit_site(fitted, held_out, rule, config.r, config.scale)
         z = [
-            through(of[-1], rows, *sides, batch.layout, config)
+            through(of[part], rows, *sides, batch.layout, config)
             for rows, sides, batch in zip(z, around, batches)
         ]
     outputs = [
-        update(x, stream, batch, config, of) for x, stream, batch in zip(student, streams, batches)
+        update(layer, x, stream, batch, config, of)
+        for x, stream, batch in zip(student, streams, batches)
     ]
     return of, [goal[-1] for goal in goals], outputs

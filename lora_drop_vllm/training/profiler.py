@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,19 @@ from tqdm import tqdm
 
 from lora_drop_vllm.decode.decoder import base_model, run_layer
 from lora_drop_vllm.decode.pretrained import open_model
-from lora_drop_vllm.method.adapter import AdapterConfig, BaseModel
-from lora_drop_vllm.method.layers import eligible_layers, num_drop_layers, rank_layers
+from lora_drop_vllm.method.adapter import AdapterConfig
+from lora_drop_vllm.method.layers import num_drop_layers
 from lora_drop_vllm.plots import plot_distances, plot_layers, plot_runs, require_matplotlib
 from lora_drop_vllm.training.corpus import read_corpus
-from lora_drop_vllm.training.layer_runs import Run, measure_runs
+from lora_drop_vllm.training.layer_profile import HORIZON, Profile
+from lora_drop_vllm.training.layer_runs import measure_runs
+from lora_drop_vllm.training.mix import Mix, Wanted
 from lora_drop_vllm.training.samples import Sample, sample
 from lora_drop_vllm.training.settings import CRITERIA, Settings
 
 DISTANCES = (1, 2, 3, 5, 10)  # of Fig. 4
 RHOS = (0.25, 0.5, 0.75)
 TOKENS = 16384  # tokens of the corpus, unless --tokens is given
-HORIZON = 0.5  # the least similarity within the similarity horizon, Fig. 1
 
 
 def profile(
@@ -43,6 +44,9 @@ def profile(
     criterion: str = CRITERIA[0],
     distances: Sequence[int] = DISTANCES,
     rhos: Sequence[float] = RHOS,
+    save_kv: float | None = None,
+    speed: float | None = None,
+    context: int = 0,
     plots: bool = False,
 ) -> ProfileResult:
     """Measures which layers may drop, and writes `profile.json` (and figures) to `out`.
@@ -56,18 +60,19 @@ def profile(
         criterion: `similarity` (Eq. 17), or `kl` to measure both
         distances: token distances of the similarity
         rhos: shares of the eligible layers to choose drop layers for, each above 0, up to 1
+        save_kv, speed, context: propose a mix of whole layers and attentions that saves that share
+            of the KV, or has that ideal speed at that context (see `Wanted`)
         plots: draw the figures too (needs matplotlib)
 
     Raises:
         ValueError: settings, a model or a corpus that cannot be used.
     """
     model, out = str(model), Path(out)
-    if plots:
-        require_matplotlib()
-    _check(criterion, rhos)
+    _check(criterion, rhos, plots)
     texts = read_corpus(corpus, model)
     base, tokenizer = open_model(model)
     settings.check(base_model(base))
+    wanted = Wanted.of(save_kv, speed, context, settings, criterion, base.config)
     texts = texts.rendered(tokenizer, settings.length)
     found = measure(
         base,
@@ -75,16 +80,26 @@ def profile(
         distances,
         settings.config(model, base_model(base)) if criterion == "kl" else None,
         rhos,
+        attention=wanted is not None,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "profile.json"
-    path.write_text(json.dumps(found.report(rhos), indent=2) + "\n")
+    mix = None if wanted is None else wanted.propose(base.config, found.kl, found.attention_kl)
+    result = ProfileResult(out / "profile.json", found, found.drop_layers(rhos), mix)
+    return _saved(result, rhos, plots)
+
+
+def _saved(result: ProfileResult, rhos: Sequence[float], plots: bool) -> ProfileResult:
+    mix = None if result.mix is None else asdict(result.mix)
+    report = result.profile.report(rhos) | {"mix": mix}
+    result.path.parent.mkdir(parents=True, exist_ok=True)
+    result.path.write_text(json.dumps(report, indent=2) + "\n")
     if plots:
-        draw(found, out)
-    return ProfileResult(path, found, found.drop_layers(rhos))
+        draw(result.profile, result.path.parent)
+    return result
 
 
-def _check(criterion: str, rhos: Sequence[float]) -> None:
+def _check(criterion: str, rhos: Sequence[float], plots: bool) -> None:
+    if plots:
+        require_matplotlib()
     if criterion not in CRITERIA:
         raise ValueError(f"--criterion {criterion}: expected one of {', '.join(CRITERIA)}")
     for rho in rhos:
@@ -92,97 +107,6 @@ def _check(criterion: str, rhos: Sequence[float]) -> None:
             raise ValueError(
                 f"--rho {rho}: expected more than 0, up to 1; write 0.25 for a quarter"
             )
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Measurements of a model's layers; `profile.json` uses the same names.
-
-    Attributes:
-        tokens: number of tokens measured
-        similarity: [n][distances]  sim(l, distance) of every layer
-        runs: measured runs of layers, including single layers; None if KL was not measured
-    """
-
-    base_model: BaseModel
-    tokens: int
-    distances: list[int]
-    similarity: list[list[float]]
-    runs: list[Run] | None = None
-
-    @property
-    def kl(self) -> list[float | None] | None:
-        """KL(base || one layer dropped), [n], None for always-on layers; None if not measured."""
-        if self.runs is None:
-            return None
-        alone = {run.first: run.kl for run in self.runs if run.count == 1}
-        return [alone.get(i) for i in range(self.base_model.num_hidden_layers)]
-
-    def scores(self, criterion: str) -> list[float]:
-        """Scores of all layers; a layer with a higher score drops sooner (Sec. IV-C).
-
-        Raises:
-            ValueError: the profile was made without that criterion.
-        """
-        if criterion == "similarity":
-            return [sum(row) / len(row) for row in self.similarity]
-        if self.kl is None:
-            raise ValueError("--layers kl: the profile has none; make it with --criterion kl")
-        return [float("-inf") if value is None else -value for value in self.kl]
-
-    def choose(self, choice: str, count: int) -> list[int]:
-        """The `count` layers that drop.
-
-        `contiguous` takes the measured run of the lowest KL. Without KL, it takes the run of the
-        highest mean similarity. Other choices are criteria and take the layers that score highest.
-
-        Raises:
-            ValueError: the profile was made without that criterion, or for other counts.
-        """
-        if choice == "contiguous" and self.runs is not None:
-            if runs := [run for run in self.runs if run.count == count]:
-                return min(runs, key=lambda run: run.kl).layers
-            raise ValueError(
-                f"--layers contiguous: {count} layers are to drop, but the profile has runs of "
-                f"{', '.join(map(str, sorted({run.count for run in self.runs})))}; make it with "
-                "that --rho, or choose --layers kl"
-            )
-        scores = self.scores("kl" if choice == "kl" else "similarity")
-        eligible = eligible_layers(self.base_model.num_hidden_layers)
-        return rank_layers(choice, count, eligible, scores)
-
-    def horizon(self, curve: Sequence[float]) -> int:
-        """Largest distance up to which a similarity by distance remains at 0.5 or more (Fig. 1)."""
-        within = 0
-        for distance, value in sorted(zip(self.distances, curve)):
-            if value < HORIZON:
-                break
-            within = distance
-        return within
-
-    def mean_curve(self) -> list[float]:
-        """Similarity by distance, the mean over all layers."""
-        return [sum(column) / len(column) for column in zip(*self.similarity)]
-
-    def drop_layers(self, rhos: Sequence[float]) -> dict[float, dict[str, list[int]]]:
-        """Drop layers for each rho, by each choice that was measured."""
-        choices = (*CRITERIA[: 1 if self.runs is None else 2], "contiguous")
-        counts = {rho: num_drop_layers(rho, self.base_model.num_hidden_layers) for rho in rhos}
-        return {
-            rho: {choice: self.choose(choice, count) if count else [] for choice in choices}
-            for rho, count in counts.items()
-        }
-
-    def report(self, rhos: Sequence[float]) -> dict[str, Any]:
-        """The contents of `profile.json`: the profile, scores, horizons and drop layers."""
-        lists = {str(rho): chosen for rho, chosen in self.drop_layers(rhos).items()}
-        return asdict(self) | {
-            "kl": self.kl,
-            "scores": self.scores("similarity"),
-            "horizon": [self.horizon(row) for row in self.similarity],
-            "mean_horizon": self.horizon(self.mean_curve()),
-            "drop_layers": lists,
-        }
 
 
 def draw(profile: Profile, folder: Path) -> None:
@@ -205,11 +129,13 @@ class ProfileResult:
         path: the `profile.json` that it wrote, for `fit` or `train`
         profile: similarity and KL of the layers
         drop_layers: rho to choice (`similarity`, `kl`, `contiguous`) to the drop layers
+        mix: the proposed mix of whole layers and attentions, if one was wanted
     """
 
     path: Path
     profile: Profile
     drop_layers: dict[float, dict[str, list[int]]]
+    mix: Mix | None = None
 
     def __str__(self) -> str:
         found = self.profile
@@ -219,32 +145,7 @@ class ProfileResult:
         ]
         for rho, choices in self.drop_layers.items():
             lines += [f"rho {rho}, {choice}: {layers}" for choice, layers in choices.items()]
-        return "\n".join(lines)
-
-
-def read_profile(path: Path, base: BaseModel) -> Profile:
-    """The profile in a `profile.json`, checked against a model.
-
-    Raises:
-        ValueError: the file cannot be read, is no profile, or was made for another model.
-    """
-    try:
-        raw = json.loads(path.read_text())
-        model = BaseModel(**raw["base_model"])
-        rest = {key: raw[key] for key in ("tokens", "distances", "similarity")}
-        runs = None if raw["runs"] is None else [Run(**run) for run in raw["runs"]]
-        profile = Profile(model, **rest, runs=runs)
-        if len(profile.similarity) != model.num_hidden_layers:
-            raise ValueError(f"{len(profile.similarity)} layers")
-    except OSError as error:
-        raise ValueError(f"--profile {path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--profile {path}: not what `lora-drop profile` writes ({error}); name a profile.json"
-        ) from error
-    if model != base:
-        raise ValueError(f"--profile {path}: made for {model}; the model is {base}")
-    return profile
+        return "\n".join([*lines, *([] if self.mix is None else [str(self.mix)])])
 
 
 @torch.no_grad()
@@ -254,11 +155,13 @@ def measure(
     distances: Sequence[int] = DISTANCES,
     config: AdapterConfig | None = None,
     rhos: Sequence[float] = (),
+    attention: bool = False,
 ) -> Profile:
     """The profile of a model; a config adds KL, with updates like those that it describes.
 
     Args:
         rhos: shares that set the lengths of the runs
+        attention: also drop the attention of each layer alone
 
     Raises:
         ValueError: no two tokens of a sequence are that far apart, or there is too little text.
@@ -282,12 +185,14 @@ def measure(
                 "lower it or raise --length"
             )
     base = base_model(model)
-    runs = None
+    runs = attentions = None
     if config is not None:
         counts = {num_drop_layers(rho, base.num_hidden_layers) for rho in rhos} - {0}
         runs = measure_runs(model, samples, config, counts)
+        if attention:
+            attentions = measure_runs(model, samples, replace(config, injection="attn"), ())
     tokens = sum(part.count for part in samples)
-    return Profile(base, tokens, list(distances), (sums / pairs).tolist(), runs)
+    return Profile(base, tokens, list(distances), (sums / pairs).tolist(), runs, attentions)
 
 
 def _pairs(sequence: Tensor, distance: int) -> Tensor:

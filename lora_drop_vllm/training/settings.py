@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,9 @@ from lora_drop_vllm.method.layers import (
     eligible_layers,
     num_drop_layers,
 )
+from lora_drop_vllm.method.selection import DropLists
 
+Require = Callable[[bool, str, object, str], None]  # ok, flag, value, what is allowed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CRITERIA = ("similarity", "kl")  # named choices that need scores of the layers
 RHO = 0.25  # default share of the eligible layers that drop
@@ -32,7 +34,10 @@ class Settings:
         rank: r of A [r, d] and B [d, r]
         reuse: the value that a drop layer reuses: `previous`, `anchor`, `update` or `none`
         kv: the KV of the drop layers in a LoRA step: `skip` or `write`
-        injection: `block` (one correction per layer) or `attn_mlp` (one for each of its halves)
+        injection: `block` (one correction per layer), `attn_mlp` (one for each of its halves) or
+            `attn` (one for its attention; the MLP still runs)
+        drop_attention: numbers of further layers of which only the attention drops; without numbers
+            in `layers`, no layer drops whole
         length: tokens in a row of the corpus
         tokens: tokens of the corpus to read, at most
         seed: decides the order of the text, the prompts and the phases
@@ -46,10 +51,19 @@ class Settings:
     reuse: str = "update"
     kv: str = "skip"
     injection: str = "block"
+    drop_attention: tuple[int, ...] = ()
     length: int = 256
     tokens: int = 32768
     seed: int = 0
     dtype: str = "float32"
+
+    @property
+    def numbers(self) -> DropLists | None:
+        """The drop layers by number; None if they are chosen by name and share."""
+        attention = tuple(sorted(set(self.drop_attention)))
+        if isinstance(self.layers, tuple):
+            return DropLists(tuple(sorted(set(self.layers))), attention)
+        return DropLists((), attention) if attention and self.layers == CHOICES[0] else None
 
     def check(self, base: BaseModel) -> None:
         """Raises ValueError if a setting does not fit the model; the error names the flag."""
@@ -61,27 +75,11 @@ class Settings:
         for flag, allowed in ALLOWED.items():
             value = getattr(self, flag)
             require(value is None or value in allowed, flag, value, allowed.text)
-        eligible = eligible_layers(base.num_hidden_layers)
-        if isinstance(self.layers, str):
-            names = (*CHOICES, *CRITERIA)
-            require(self.layers in names, "layers", self.layers, f"{', '.join(names)} or 3,5,9")
-            rho = RHO if self.rho is None else self.rho
-            least = 0.5 / max(len(eligible), 1)
-            require(
-                num_drop_layers(rho, base.num_hidden_layers) >= 1,
-                "rho",
-                rho,
-                f"{least:.3f} or more: none of {len(eligible)} eligible layers would drop",
-            )
+        if self.numbers is None:
+            self._check_choice(base, require)
         else:
-            require(self.rho is None, "rho", self.rho, "nothing: --layers names the layers")
-            require(
-                set(self.layers) <= set(eligible) and len(self.layers) > 0,
-                "layers",
-                ",".join(map(str, self.layers)),
-                f"layers of {eligible}; of {base.num_hidden_layers} the first 3 and the last 1 "
-                "always run",
-            )
+            require(self.rho is None, "rho", self.rho, "nothing: the layers are given by number")
+            _check_numbers(self.numbers, base, require)
         require(self.k >= 1, "k", self.k, "1 or more: without LoRA steps nothing is dropped")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         d = base.hidden_size
@@ -90,13 +88,34 @@ class Settings:
             self.tokens >= self.length, "tokens", self.tokens, f"--length {self.length} or more"
         )
 
+    def _check_choice(self, base: BaseModel, require: Require) -> None:
+        names = (*CHOICES, *CRITERIA)
+        require(self.layers in names, "layers", self.layers, f"{', '.join(names)} or 3,5,9")
+        require(
+            not self.drop_attention,
+            "drop-attention",
+            _listed(self.drop_attention),
+            f"numbers for --layers too, not {self.layers}, or no --layers",
+        )
+        rho = RHO if self.rho is None else self.rho
+        eligible = eligible_layers(base.num_hidden_layers)
+        require(
+            num_drop_layers(rho, base.num_hidden_layers) >= 1,
+            "rho",
+            rho,
+            f"{0.5 / max(len(eligible), 1):.3f} or more: none of {len(eligible)} eligible layers "
+            "would drop",
+        )
+
     def check_agrees(self, adapter: AdapterConfig, folder: str) -> None:
         """Raises ValueError if a flag contradicts the adapter that training starts from."""
         plain, theirs = Settings(), {"rank": adapter.r, "rho": adapter.rho}
         theirs |= {"layers": tuple(adapter.drop_layers)}
-        for flag in ("layers", "rank", *ALLOWED):
-            asked, has = getattr(self, flag), theirs.get(flag, getattr(adapter, flag, None))
-            if asked not in (getattr(plain, flag), has):
+        theirs |= {"drop_attention": tuple(adapter.drop_attention)}
+        for name in ("layers", "drop_attention", "rank", *ALLOWED):
+            asked, has = getattr(self, name), theirs.get(name, getattr(adapter, name, None))
+            flag = name.replace("_", "-")
+            if asked not in (getattr(plain, name), has):
                 raise ValueError(
                     f"--{flag} {asked}: the adapter that --from {folder} names has {has}; leave "
                     f"--{flag} out"
@@ -115,13 +134,14 @@ class Settings:
         """
         self.check(base)
         eligible = eligible_layers(base.num_hidden_layers)
-        if isinstance(self.layers, str):
+        if self.numbers is None:
+            assert isinstance(self.layers, str)
             rho = RHO if self.rho is None else self.rho
             count = num_drop_layers(rho, base.num_hidden_layers)
-            chosen = chosen or choose_layers(self.layers, count, eligible)
+            lists = DropLists(chosen or choose_layers(self.layers, count, eligible))
         else:
-            chosen = sorted(set(self.layers))
-            rho = len(chosen) / len(eligible)
+            lists = self.numbers
+            rho = sum(map(len, lists)) / len(eligible)
         return AdapterConfig(
             base_model_name_or_path=name,
             base_model=base,
@@ -129,8 +149,31 @@ class Settings:
             lora_alpha=float(self.rank),
             rho=rho,
             k=self.k,
-            drop_layers=list(chosen),
+            drop_layers=list(lists.drop_layers),
             reuse=self.reuse,
             kv=self.kv,
             injection=self.injection,
+            drop_attention=list(lists.drop_attention),
         )
+
+
+def _check_numbers(lists: DropLists, base: BaseModel, require: Require) -> None:
+    eligible = eligible_layers(base.num_hidden_layers)
+    for flag, layers in zip(("layers", "drop-attention"), lists):
+        require(
+            set(layers) <= set(eligible) and any(lists),
+            flag,
+            _listed(layers),
+            f"layers of {eligible}; of {base.num_hidden_layers} the first 3 and the last 1 "
+            "always run",
+        )
+    require(
+        not set(lists.drop_layers) & set(lists.drop_attention),
+        "drop-attention",
+        _listed(lists.drop_attention),
+        f"none of --layers {_listed(lists.drop_layers)}",
+    )
+
+
+def _listed(layers: Iterable[object]) -> str:
+    return ",".join(map(str, layers))

@@ -59,7 +59,7 @@ class TrainResult:
     skipped: int
 
     def __str__(self) -> str:
-        made = f"{self.folder}: drop layers {self.config.drop_layers}, {self.steps} steps"
+        made = f"{self.folder}: {self.config.dropped}, {self.steps} steps"
         if losses := [entry["loss"] for entry in self.log]:
             made += f", loss {losses[0]:.3f} at the first and {losses[-1]:.3f} at the last"
         return made + remark(self.skipped)

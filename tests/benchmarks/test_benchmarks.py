@@ -14,7 +14,7 @@ import quality_tables
 import soak
 import step_breakdown
 from step_breakdown import Span
-from support import peers, record, tables
+from support import peers, quality_records, record, tables
 from support.serve_figures import Block
 from support.servers import Subject
 from support.stream_client import Answer
@@ -41,6 +41,11 @@ def test_known_step_times_give_the_known_ratios() -> None:
     assert found["k0_over_stock"] == 1.01
     assert (found["lora_step_ms"], found["full_step_ms"]) == (22.0, 36.0)
     assert found["p95_ms"]["lora_drop"] == 36.0  # a full step's, as Eq. 11 has it for k < 19
+    # only 14 attentions drop, 3/7 of a layer each: 6 ms
+    rounds["lora_drop"] = [[30.0, 30.0, 30.0, 36.0] * 25] * 3
+    found = decode_latency.metrics_of(rounds, 32, [], 3, list(range(9, 23)), 3 / 7)
+    assert found["speed_up"] == found["ideal_speed_up"] == round(4 * 36 / (3 * 30 + 36), 3)
+    assert found["lora_step_over_ideal"] == 1.0
 
 
 class Engines(dict[str, Any]):
@@ -61,10 +66,10 @@ class Engines(dict[str, Any]):
 
 def test_a_run_without_lora_steps_gives_no_figure() -> None:
     given = decode_latency.parse(["--tokens", "41", "--rounds", "1"])
-    rounds, _ = decode_latency.measure(Engines(1.0), given, 1, 3)
+    rounds, _ = decode_latency.measure(Engines(1.0), given, 1, 3, 64)
     assert set(rounds) == {"stock", "lora_drop", "k0"}  # k = 0 is asked of the LoRA-Drop engine
     with pytest.raises(RuntimeError, match="0 LoRA steps instead of 30"):
-        decode_latency.measure(Engines(0.0), given, 1, 3)
+        decode_latency.measure(Engines(0.0), given, 1, 3, 64)
 
 
 @pytest.mark.parametrize("guess", [1, 4, 7, 9], ids=lambda n: f"from {n}")
@@ -182,7 +187,7 @@ def test_a_soak_breaks_the_bounds_it_should(change: dict[str, Any], wanted: list
 
 
 def test_the_page_on_quality_says_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw", "draw_saving"):
+    for name in ("draw", "draw_saving", "draw_kl_over_kv"):
         monkeypatch.setattr(quality_tables, name, lambda *_: None)
     assert quality_tables.PAGE.read_text() == quality_tables.rendered_page()
 
@@ -232,3 +237,32 @@ def test_chat_measures_the_base_models_answers_and_gets_its_table(
     row = quality_tables.table([found], quality_tables.CHAT)[-1]
     assert row.startswith("| 0.250 | 75.0% | 4 (4) | 0.0% (33.3%) | -33.3 (")
     assert "| 66.7% (33.3%) | +33.3 (" in row and "-1.500 (-1.000)" in row
+
+
+def test_what_drops_has_a_row_and_a_point_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whole layers and attentions count alike for the KV that a mix saves (Eq. 15, 30 layers)."""
+    pytest.importorskip("matplotlib")
+    found = dict(perplexity=2.0, base_perplexity=1.0, kl=0.5, agreement=0.5)
+
+    def fake(whole: list[int], attention: list[int], **settings: Any) -> Any:
+        lists = {"drop_layers": whole} | ({"drop_attention": attention} if attention else {})
+        plain = quality_records.PLAIN | {"rho": 0.1, "k": 3} | settings
+        steps = {kind: found for kind in ("all", "full", "lora")}
+        return {"settings": plain, "metrics": steps | lists}
+
+    numbers = {"layers": [9], "drop_attention": [10, 11]}
+    records = [fake([9, 10, 11], []), fake([9, 10, 11], [], injection="attn")]
+    records += [fake([9], [10, 11], **numbers), fake([9], [], k=2)]
+    monkeypatch.setattr(quality_records.record, "newest", lambda *_: records)
+    monkeypatch.setattr(quality_tables, "PAGE", tmp_path / "quality.md")
+    rows = [line for line in quality_tables._what_drops() if line.endswith("| 7.5% |")]
+    assert [row.split(" | ")[:3] for row in rows] == [
+        ["| layers", "9–11", "–"],
+        ["| attention", "9–11", "–"],
+        ["| mix", "9–9", "10–11"],
+    ]
+    assert (tmp_path / "quality_kv_kl.png").stat().st_size > 1000
+    del records[1]
+    assert quality_tables._what_drops() == []

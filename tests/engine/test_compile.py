@@ -34,9 +34,11 @@ MODELS = [
         ("previous", "write", "attn_mlp"),
         ("update", "skip", "attn_mlp"),
         ("previous", "write", "block"),
+        ("update", "skip", "attn"),
+        ("previous", "write", "attn"),
     )
 ]
-TWO = (MODELS[0], MODELS[5])  # each family, KV mode and injection point once
+TWO = (MODELS[0], MODELS[7])  # each family, KV mode and way to chain layers once
 # Inductor without code of its own: a graph calls ATen's kernels, and no C++ is compiled
 LITE = {"inductor_compile_config": {"fallback_by_default": True}}
 

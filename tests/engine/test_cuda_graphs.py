@@ -102,7 +102,14 @@ def capture(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize(("reuse", "kv"), [("update", "skip"), ("previous", "write")])
+@pytest.mark.parametrize(
+    ("reuse", "kv", "injection"),
+    [
+        ("update", "skip", "block"),
+        ("previous", "write", "block"),
+        pytest.param("update", "skip", "attn", marks=pytest.mark.matrix),
+    ],
+)
 def test_graphs_of_both_kinds_give_the_oracles_tokens(
     serve: Serve,
     models: dict[str, Path],
@@ -111,11 +118,12 @@ def test_graphs_of_both_kinds_give_the_oracles_tokens(
     monkeypatch: pytest.MonkeyPatch,
     reuse: str,
     kv: str,
+    injection: str,
 ) -> None:
     from vllm.config.compilation import CUDAGraphMode
 
     config, tensors = make_adapter(
-        tmp_path, models["llama"], drop_layers=DROP, k=2, reuse=reuse, kv=kv
+        tmp_path, models["llama"], drop_layers=DROP, k=2, reuse=reuse, kv=kv, injection=injection
     )
     engine = serve(models["llama"], {"adapter": str(tmp_path)}, max_num_seqs=4)
     manager = make_manager(engine, monkeypatch, CUDAGraphMode.FULL_DECODE_ONLY)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from environment import V2
 from oracle import Oracle
 from serving import PROMPT, Engine, Serve, assert_same, settings_of
 from tiny import make_adapter
@@ -33,6 +34,17 @@ def test_a_drop_layer_that_did_not_run_as_one_stops_the_engine(
     if reuse == "update":  # of a difference both ends count
         engine.runner.model.model.layers[6].input_layernorm._forward_hooks.clear()
     with pytest.raises(RuntimeError, match=r"layers \[6\] of lora_drop\.drop_layers did not run"):
+        engine.generate([PROMPT], 4)
+
+
+@pytest.mark.skipif(V2, reason="one runner is enough: the hooks are the model's")
+def test_an_attention_whose_end_is_not_watched_stops_the_engine(
+    serve: Serve, models: dict[str, Path], tmp_path: Path
+) -> None:
+    engine = start(serve, models["llama"], tmp_path, injection="attn")
+    engine.runner.model.model.layers[4].post_attention_layernorm._forward_hooks.clear()
+    engine.runner.model.model.layers[4].input_layernorm._forward_hooks.clear()
+    with pytest.raises(RuntimeError, match=r"layers \[4\] of lora_drop\.drop_layers did not run"):
         engine.generate([PROMPT], 4)
 
 

@@ -47,6 +47,7 @@ class _Counted:
         ("anchor", "write", "block"),
         ("update", "write", "attn_mlp"),
         ("none", "skip", "block"),
+        ("previous", "write", "attn"),
     ],
 )
 def test_eager_on_a_gpu_gives_the_oracles_tokens(
@@ -69,7 +70,12 @@ def test_eager_on_a_gpu_gives_the_oracles_tokens(
 
 @pytest.mark.parametrize(
     ("reuse", "kv", "injection"),
-    [("update", "skip", "block"), ("previous", "write", "attn_mlp"), ("none", "skip", "block")],
+    [
+        ("update", "skip", "block"),
+        ("previous", "write", "attn_mlp"),
+        ("none", "skip", "block"),
+        ("update", "skip", "attn"),
+    ],
 )
 def test_graphs_of_both_kinds_give_the_oracles_tokens(
     serve: Serve,

@@ -31,15 +31,17 @@ TEXT = [
 ]
 COMBINATIONS = [
     pytest.param(reuse, kv, injection, id=f"{reuse}-{kv}-{injection}")
+    for injections in (("block", "attn_mlp"), ("attn",))
     for reuse in ("previous", "anchor", "update", "none")
     for kv in ("skip", "write")
-    for injection in ("block", "attn_mlp")
+    for injection in injections
 ]
 
 TWO = ("update-skip-block", "previous-write-attn_mlp")
 # families that it runs in one; Ministral 3 has YaRN, and vLLM's class is Mistral's
 ONCE = {"llama3_rope": TWO[0], "qwen2_tied": TWO[0], "qwen3": TWO[1], "ministral3": TWO[1]}
 EVERYWHERE = ("llama", "qwen2")  # families that `make test` runs in every setting
+OF_ATTENTION = ("update-skip-attn", "previous-write-attn", "anchor-write-attn", "none-skip-attn")
 
 
 def _in_ci(n: int, setting: str, family: str) -> bool:
@@ -48,7 +50,10 @@ def _in_ci(n: int, setting: str, family: str) -> bool:
         return setting in TWO and not V2
     if family not in EVERYWHERE:
         return setting == ONCE.get(family) and not V2
-    return not V2 or family == EVERYWHERE[n.bit_count() % 2]
+    ours = family == EVERYWHERE[n.bit_count() % 2]
+    if setting.endswith("-attn"):
+        return ours and setting in OF_ATTENTION[: 1 if V2 else None]
+    return ours or not V2
 
 
 def combinations(*families: str) -> list[Any]:
@@ -89,6 +94,42 @@ def test_tokens_and_logprobs_are_the_oracles(
         assert_same(got, want, oracle)
     full = sum(-(-TOKENS // (k + 1)) for k in KS)
     assert engine.counts() == {"full": full, "lora": len(KS) * TOKENS - full}
+
+
+@pytest.mark.parametrize(
+    ("family", "reuse", "kv", "injection"),
+    [
+        pytest.param("llama", "update", "skip", "block", id="skip"),
+        pytest.param("qwen2", "previous", "write", "attn_mlp", id="write"),
+        pytest.param("qwen2", "update", "skip", "attn_mlp", id="gates", marks=pytest.mark.matrix),
+        pytest.param("llama", "anchor", "write", "block", id="anchor", marks=pytest.mark.matrix),
+    ],
+)
+def test_whole_layers_beside_attentions_give_the_oracles_tokens(
+    serve: Serve,
+    models: dict[str, Path],
+    hf_models: dict[str, Any],
+    tmp_path: Path,
+    family: str,
+    reuse: str,
+    kv: str,
+    injection: str,
+) -> None:
+    """Layers 3 and 4 drop whole, in one run; the attention of 5 follows them."""
+    config, tensors = make_adapter(
+        tmp_path,
+        models[family],
+        drop_layers=[3, 4],
+        drop_attention=[5],
+        reuse=reuse,
+        kv=kv,
+        injection=injection,
+    )
+    engine = serve(models[family], {"adapter": str(tmp_path)})
+    (got,) = engine.generate([PROMPT], TOKENS)
+    oracle = Oracle(hf_models[family], settings_of(config, tensors))
+    assert_same(got, oracle.decode(PROMPT, TOKENS), oracle)
+    assert engine.counts()["lora"] == TOKENS - -(-TOKENS // 4)
 
 
 @pytest.mark.model

@@ -108,6 +108,7 @@ SETTINGS = {
     "skip-update": ({}, "llama", {}),
     "skip-async": ({"reuse": "anchor", "k": 5}, "llama", {"async_scheduling": True}),
     "skip-attn_mlp": ({"injection": "attn_mlp"}, "qwen2", {"max_num_batched_tokens": 17}),
+    "skip-attn": ({"injection": "attn"}, "llama", {"max_num_batched_tokens": 33}),
     "write-previous": ({"kv": "write", "reuse": "previous"}, "qwen2_tied", {"block_size": 32}),
 }
 ESSENTIAL = "skip-update"

@@ -21,7 +21,11 @@ TOKENS, DROP, LAYERS = 24, [3, 4, 6], 8
 
 @pytest.mark.parametrize(
     ("family", "reuse", "kv", "injection"),
-    [("llama", "update", "skip", "block"), ("qwen2", "previous", "write", "attn_mlp")],
+    [
+        ("llama", "update", "skip", "block"),
+        ("qwen2", "previous", "write", "attn_mlp"),
+        pytest.param("llama", "update", "skip", "attn", marks=pytest.mark.matrix),
+    ],
 )
 def test_two_workers_give_the_oracles_tokens(
     serve: Serve,
@@ -56,4 +60,5 @@ def test_two_workers_give_the_oracles_tokens(
     assert first["steps"] == {"full": full, "lora": TOKENS - full}
     # the embedding, then attention and MLP of each layer that runs
     assert first["reduced"]["full"] == full * (1 + 2 * LAYERS)
-    assert first["reduced"]["lora"] == (TOKENS - full) * (1 + 2 * (LAYERS - len(DROP)))
+    dropped = len(DROP) * (1 if injection == "attn" else 2)
+    assert first["reduced"]["lora"] == (TOKENS - full) * (1 + 2 * LAYERS - dropped)

@@ -125,6 +125,7 @@ def tensor_files(draw: st.DrawFn) -> bytes:
 
 
 KEYS = ["adapter", "untrained", "k", "rho", "layers", "drop_layers", "reuse", "kv", "injection"]
+KEYS += ["drop_attention"]
 SETTINGS = VALUES | st.dictionaries(
     st.sampled_from([*KEYS, "r", "request_k", "prompts"]) | st.text(max_size=3) | st.integers(),
     VALUES | st.sampled_from(["uniform", "none", "write", "attn_mlp", 3, [4, 6], {"min": 1}]),

@@ -75,6 +75,16 @@ BAD_SETTINGS = [
         UNTRAINED | {"drop_layers": [3], "rho": 0.5},
         r"cannot be combined with lora_drop\.rho or lora_drop\.layers; leave",
     ),
+    (
+        UNTRAINED | {"drop_attention": [3], "layers": "uniform"},
+        r"lora_drop\.drop_attention: cannot be combined with lora_drop\.rho",
+    ),
+    (UNTRAINED | {"drop_attention": [2]}, r"drop_attention=\[2\]: layer 2 cannot drop; of 8 la"),
+    (UNTRAINED | {"drop_attention": 3}, r"drop_attention=3: expected a list of layer numbers"),
+    (
+        UNTRAINED | {"drop_attention": [5, 3], "drop_layers": [4, 5]},
+        r"drop_attention=\[3, 5\]: layers \[5\] are in lora_drop\.drop_layers too",
+    ),
 ]
 
 
@@ -99,6 +109,10 @@ BAD_CONFIGS = [
     ({"drop_layers": [5, 3]}, r"expected ascending layer numbers"),
     ({"drop_layers": [2, 3]}, r"the first 3 and the last 1 of 8 always run"),
     ({"drop_layers": [3, 99]}, r"expected ascending layer numbers, each once, from 3 to 6"),
+    ({"drop_attention": [4]}, r"drop_layers=\[3, 5\]: expected 2 layers with those of drop_att"),
+    ({"drop_attention": [5]}, r"drop_attention=\[5\]: expected none of drop_layers=\[3, 5\]"),
+    ({"drop_attention": [6, 4]}, r"drop_attention=\[6, 4\]: expected ascending layer numbers"),
+    ({"drop_attention": "4"}, r"drop_attention='4': expected list"),
     ({"head_layers": 2}, r"head_layers=2: expected 3"),
     ({"base_model": {"model_type": "llama"}}, r"missing key 'base_model\."),
     ({"base_model": 3}, r"base_model=3: expected an object"),
@@ -189,6 +203,35 @@ def test_settings_override_the_adapter_where_they_may(adapter: Path) -> None:
         resolve({"adapter": str(adapter), "rho": 0.75}, MODEL)
     with pytest.raises(ValueError, match=r"lora_drop\.r=8: the adapter decides it"):
         resolve({"adapter": str(adapter), "r": 8}, MODEL)
+
+
+def test_settings_select_layers_of_both_kinds(models: dict[str, Path], tmp_path: Path) -> None:
+    make_adapter(tmp_path, models["llama"], drop_layers=[3, 6], drop_attention=[4, 5])
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["drop_attention"] == [4, 5]
+
+    def lists(**given: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        config = resolve({"adapter": str(tmp_path)} | given, MODEL)
+        assert LoRADropConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+        assert config.sites.layers == sorted(config.drop_layers + config.drop_attention)
+        assert config.rho == len(config.sites.layers) / 4
+        return config.drop_layers, config.drop_attention
+
+    assert lists() == ((3, 6), (4, 5))
+    assert lists(drop_layers=[6]) == ((6,), (4, 5))
+    assert lists(drop_attention=[]) == ((3, 6), ())
+    assert lists(drop_layers=[], drop_attention=[5]) == ((), (5,))
+    assert lists(rho=0.75, layers="contiguous") == ((3,), (4, 5))
+    with pytest.raises(
+        ValueError, match=r"layer 3 is not one of the layers of which the adapter drops the atten"
+    ):
+        lists(drop_attention=[3])
+    untrained = resolve({"untrained": True, "drop_attention": [5, 4]}, MODEL)
+    assert (untrained.drop_layers, untrained.drop_attention) == ((), (4, 5))
+
+
+def test_an_adapter_without_attention_layers_is_a_file_of_older_versions(adapter: Path) -> None:
+    assert "drop_attention" not in json.loads((adapter / CONFIG_FILE).read_text())
+    assert read_config(adapter).drop_attention == []
 
 
 def test_what_an_operator_decides_for_all_requests(adapter: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lora_drop_vllm.method.cost import (
     MAX_WASTE,
+    LayerReads,
     ideal_speed,
     kv_saving,
+    layers_only_speed,
     packed_block_sizes,
     packing_waste,
 )
@@ -24,6 +28,7 @@ from lora_drop_vllm.method.schedule import (
     prompts_wait,
     step_kind,
 )
+from lora_drop_vllm.method.sites import AdapterSites
 from lora_drop_vllm.method.state import StepState
 
 FULL, LORA = StepKind.FULL, StepKind.LORA
@@ -166,6 +171,21 @@ def test_ideal_speed_is_equation_10_without_a_rest() -> None:
     assert ideal_speed([1.0] * 32, list(range(9, 23)), 3, 0.0) == pytest.approx(expected)
     assert ideal_speed([1.0] * 32, list(range(9, 23)), 3, 8.0) < expected
     assert ideal_speed([1.0] * 32, [5], 0, 1.0) == 1.0
+
+
+def test_an_attention_costs_what_it_reads() -> None:
+    """Two layers, of width 4, with 2 heads and 1 KV head of size 2, and an MLP of width 3."""
+    shape = dict(hidden_size=4, intermediate_size=3, num_attention_heads=2, num_key_value_heads=1)
+    reads = LayerReads.of(SimpleNamespace(**shape))
+    assert reads == LayerReads.of(SimpleNamespace(**shape, head_dim=2))
+    assert reads == LayerReads(attention=16 + 8 + 8 + 16, mlp=36, token=4)
+    assert reads.share() == pytest.approx(48 / 84)
+    assert reads.share(context=16) == pytest.approx((48 + 64) / (84 + 64))
+    sites = AdapterSites.of([1], "attn", "update", 4, 1)
+    full, lora = 2 * 148, 148 + 36
+    expected = 4 * full / (3 * lora + full)
+    assert layers_only_speed(2, sites, 3, reads, context=16) == pytest.approx(expected)
+    assert ideal_speed([84.0, 84.0], [], 1, 4.0, [0], 0.25) == pytest.approx(2 * 172 / (172 + 151))
 
 
 def test_kv_saving_is_equation_15() -> None:

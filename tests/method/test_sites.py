@@ -37,6 +37,21 @@ def test_names_and_shapes_are_those_of_the_file_format() -> None:
         for name, shape in (matrices | {"gate": (64,)}).items()
     }
     assert sites("attn_mlp", "update").shapes() == expected
+    attention = {name: shape for name, shape in expected.items() if ".attn." in name}
+    assert sites("attn", "update").shapes() == attention
+
+
+@pytest.mark.parametrize(
+    ("injection", "runs", "whole"),
+    [("block", [[3, 4], [6]], 3), ("attn_mlp", [[3, 4], [6]], 3), ("attn", [[3], [4], [6]], 0)],
+)
+def test_neighbours_chain_unless_an_mlp_runs_between_them(
+    injection: str, runs: list[list[int]], whole: int
+) -> None:
+    of = AdapterSites.of([3, 4, 6], injection, "update", hidden_size=64, rank=4)
+    assert of.runs() == runs
+    assert (len(of.whole), len(of.attention_only)) == (whole, 3 - whole)
+    assert of.layer_of_site == [i for i in (3, 4, 6) for _ in range(2 if "mlp" in injection else 1)]
 
 
 def test_an_adapter_starts_with_b_zero_and_g_one() -> None:
@@ -48,7 +63,17 @@ def test_an_adapter_starts_with_b_zero_and_g_one() -> None:
                 assert tensor.unique().tolist() == [float(name.endswith("gate"))]
 
 
-@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
+def test_layers_of_both_kinds_in_one_adapter() -> None:
+    of = AdapterSites.of([7, 3, 4], "attn_mlp", "none", 64, 4, drop_attention=[5, 6])
+    assert of.layers == [3, 4, 5, 6, 7] and of.runs() == [[3, 4], [5], [6], [7]]
+    assert (of.whole, of.attention_only) == ([3, 4, 7], [5, 6])
+    assert of.layer_of_site == [3, 3, 4, 4, 5, 6, 7, 7]
+    assert {n for n in of.shapes() if "s.5." in n or "s.7." in n} == {
+        f"layers.{part}.lora_{m}.weight" for part in ("5.attn", "7.attn", "7.mlp") for m in "AB"
+    }
+
+
+@pytest.mark.parametrize("injection", ["block", "attn_mlp", "attn"])
 @pytest.mark.parametrize("reuse", ["update", "none"])
 def test_sites_of_a_layer_go_back_to_their_names(injection: str, reuse: str) -> None:
     of = sites(injection, reuse)
@@ -56,8 +81,9 @@ def test_sites_of_a_layer_go_back_to_their_names(injection: str, reuse: str) -> 
     found: dict[str, torch.Tensor] = {}
     for layer in (3, 5):
         parts = of.of_layer(layer, tensors)
-        assert all(part.A.shape == (4, 64) and part.B.shape == (64, 4) for part in parts)
-        assert all((part.gate is None) == (reuse == "none") for part in parts)
+        for site in parts.values():
+            assert site.A.shape == (4, 64) and site.B.shape == (64, 4)
+            assert (site.gate is None) == (reuse == "none")
         found |= of.named(layer, parts)
     assert list(found) == list(tensors)
     assert all(found[name] is tensors[name] for name in tensors)

@@ -22,6 +22,7 @@ class Settings:
     injection: str
     scale: float = 1.0
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    drop_attention: list[int] = field(default_factory=list)
 
 
 class Oracle:
@@ -83,7 +84,7 @@ class Oracle:
             before = x
             h = x + self._attention(i, layer, layer.input_layernorm(x), positions)
             x = h + layer.mlp(layer.post_attention_layernorm(h))
-            if i in self.settings.drop_layers:
+            if self._how(i) is not None:
                 self._keep(i, before[-1], h[-1], x[-1])
         return x[-1]
 
@@ -91,15 +92,27 @@ class Oracle:
         s = self.settings
         x = self.model.model.embed_tokens(torch.tensor([self.tokens[t]]))
         for i, layer in enumerate(self.model.model.layers):
-            if i not in s.drop_layers:
+            how = self._how(i)
+            if how is None:
                 h = x + self._attention(i, layer, layer.input_layernorm(x), [t])
                 x = h + layer.mlp(layer.post_attention_layernorm(h))
                 continue
             if s.kv == "write":
                 self._append(i, layer, layer.input_layernorm(x), [t])
-            for site in ("",) if s.injection == "block" else ("attn", "mlp"):
+            if how == "attn":
+                h = self._update(i, "attn", x[0])[None]
+                x = h + layer.mlp(layer.post_attention_layernorm(h))
+                continue
+            for site in ("",) if how == "block" else ("attn", "mlp"):
                 x = self._update(i, site, x[0])[None]
         return x[0]
+
+    def _how(self, i: int) -> str | None:
+        """What drops of a layer; None: nothing."""
+        s = self.settings
+        if i in s.drop_attention:
+            return "attn"
+        return s.injection if i in s.drop_layers else None
 
     def _update(self, i: int, site: str, x: Tensor) -> Tensor:
         s = self.settings
@@ -119,8 +132,10 @@ class Oracle:
     def _keep(self, i: int, before: Tensor, middle: Tensor, after: Tensor) -> None:
         s = self.settings
         ends = {"": (before, after)}
-        if s.injection == "attn_mlp":
+        if self._how(i) == "attn_mlp":
             ends = {"attn": (before, middle), "mlp": (middle, after)}
+        if self._how(i) == "attn":
+            ends = {"attn": (before, middle)}
         for site, (a, b) in ends.items():
             if s.reuse == "update":
                 name = f"layers.{i}.{site}.gate" if site else f"layers.{i}.gate"

@@ -170,6 +170,7 @@ def settings_of(config: Any, tensors: Any, **override: Any) -> Settings:
         injection=config.injection,
         scale=config.scale,
         tensors=tensors,
+        drop_attention=config.drop_attention,
     )
     return Settings(**(given | override))
 

@@ -101,10 +101,16 @@ def make_adapter(
     reuse: str = "update",
     kv: str = "skip",
     injection: str = "block",
+    drop_attention: list[int] | None = None,
     r: int = 4,
     seed: int = 0,
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Saves a random adapter with non-zero B and uneven gates; returns its config and tensors."""
+    """Saves a random adapter with non-zero B and uneven gates; returns its config and tensors.
+
+    With the injection `mixed`, the last of the drop layers drops only its attention.
+    """
+    if injection == "mixed":
+        injection, drop_layers, drop_attention = "block", drop_layers[:-1], drop_layers[-1:]
     from transformers import AutoConfig
 
     base = AutoConfig.from_pretrained(model)
@@ -113,12 +119,14 @@ def make_adapter(
         base_model=BaseModel.of(base),
         r=r,
         lora_alpha=2.0 * r,
-        rho=len(drop_layers) / len(eligible_layers(base.num_hidden_layers)),
+        rho=(len(drop_layers) + len(drop_attention or []))
+        / len(eligible_layers(base.num_hidden_layers)),
         k=k,
         drop_layers=drop_layers,
         reuse=reuse,
         kv=kv,
         injection=injection,
+        drop_attention=drop_attention or [],
     )
     generator = torch.Generator().manual_seed(seed)
     tensors = {}

@@ -24,7 +24,7 @@ COMBINATIONS = [
     pytest.param(reuse, kv, injection, id=f"{reuse}-{kv}-{injection}")
     for reuse in ("previous", "anchor", "update", "none")
     for kv in ("skip", "write")
-    for injection in ("block", "attn_mlp")
+    for injection in ("block", "attn_mlp", "attn", "mixed")
 ]
 
 

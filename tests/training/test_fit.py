@@ -83,6 +83,7 @@ def test_noise_is_not_fitted() -> None:
         ("update", "write", "attn_mlp"),
         ("anchor", "skip", "attn_mlp"),
         ("none", "write", "block"),
+        ("update", "skip", "attn"),
     ],
 )
 def test_a_fitted_adapter_is_nearer_to_the_base(
@@ -102,7 +103,7 @@ def test_a_fitted_adapter_is_nearer_to_the_base(
     assert near < 0.95 * far
 
 
-@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
+@pytest.mark.parametrize("injection", ["block", "attn_mlp", "attn"])
 def test_previous_is_fitted_on_the_sums_of_its_inputs(smooth_model: Path, injection: str) -> None:
     """The layer comes nearer to the base model's; random layers after it blur the effect."""
     model: Any = load_model(smooth_model)
@@ -113,9 +114,9 @@ def test_previous_is_fitted_on_the_sums_of_its_inputs(smooth_model: Path, inject
     x = [model.model.embed_tokens(part.tokens) for part in samples]
     layer = model.model.layers[4]
     with torch.no_grad():
-        of, goals, outputs = fit_layer(layer, x, x, batches, config)
-        zero = [site._replace(B=0 * site.B) for site in of]
-        kept = [update(y, refresh(layer, y, b, config.kv), b, config, zero)
+        of, goals, outputs = fit_layer(layer, x, x, batches, config, config.sites.parts[4])
+        zero = {part: site._replace(B=0 * site.B) for part, site in of.items()}
+        kept = [update(layer, y, refresh(layer, y, b, config.kv), b, config, zero)
                 for y, b in zip(x, batches)]  # fmt: skip
     near, far = (sum((a - b).square().sum() for a, b in zip(y, goals)) for y in (outputs, kept))
     assert near < 0.9 * far
@@ -146,7 +147,15 @@ def test_the_command_writes_an_adapter_that_loads(
     assert "drop layers [4, 5], rank 4, from" in capsys.readouterr().out
     other = ["--layers", "3,6", "--injection", "attn_mlp", "--kv", "write", "--tokens", "1024"]
     assert main([*command, *other, "--dtype", "bfloat16", "--out", str(tmp_path / "b")]) == 0
+    mixed = ["--layers", "3", "--drop-attention", "5-6", "--rank", "4", "--tokens", "1024"]
+    assert main([*command, *mixed, "--out", str(tmp_path / "mixed")]) == 0
+    assert "drop layers [3], attention of [5, 6], rank 4, from" in capsys.readouterr().out
+    alone = ["--drop-attention", "5", "--rank", "4", "--tokens", "1024"]
+    assert main([*command, *alone, "--out", str(tmp_path / "alone")]) == 0
     base = BaseModel("llama", 8, 128)
+    served = resolve({"adapter": str(tmp_path / "mixed")}, base)
+    assert (served.drop_layers, served.drop_attention) == ((3,), (5, 6))
+    assert read_config(tmp_path / "alone").drop_layers == []
     assert resolve({"adapter": str(tmp_path / "a")}, base).drop_layers == (4, 5)
     assert resolve({"adapter": str(tmp_path / "b")}, base).drop_layers == (3, 6)
     config = read_config(tmp_path / "b")
@@ -169,7 +178,7 @@ def test_the_command_writes_an_adapter_that_loads(
     [
         ("reuse", "--reuse best: expected one of previous, anchor, update, none"),
         ("kv", "--kv best: expected one of skip, write"),
-        ("injection", "--injection best: expected one of block, attn_mlp"),
+        ("injection", "--injection best: expected one of block, attn_mlp, attn"),
         ("dtype", "--dtype best: expected one of float32, bfloat16, float16"),
     ],
 )
@@ -188,6 +197,16 @@ def test_what_is_no_choice_is_refused_in_python_too(flag: str, message: str) -> 
         (["--rho", "0.01"], "--rho 0.01: expected 0.125 or more"),
         (["--rho", "0.5", "--layers", "3,5"], "--rho 0.5: expected nothing"),
         (["--layers", "2,5"], "--layers 2,5: expected layers of [3, 4, 5, 6]"),
+        (
+            ["--layers", "4,5", "--drop-attention", "5"],
+            "--drop-attention 5: expected none of --layers 4,5",
+        ),
+        (["--drop-attention", "7"], "--drop-attention 7: expected layers of [3, 4, 5, 6]"),
+        (["--drop-attention", "5", "--rho", "0.5"], "--rho 0.5: expected nothing"),
+        (
+            ["--drop-attention", "5", "--layers", "uniform"],
+            "--drop-attention 5: expected numbers for --layers too, not uniform",
+        ),
         (
             ["--layers", "best"],
             "--layers best: expected contiguous, uniform, similarity, kl or 3,5,9",

@@ -18,9 +18,10 @@ from lora_drop_vllm.method.adapter import BaseModel, read_config
 from lora_drop_vllm.method.layers import rank_layers
 from lora_drop_vllm.plots import plot_training
 from lora_drop_vllm.training.corpus import Corpus
+from lora_drop_vllm.training.layer_profile import Profile, read_profile
 from lora_drop_vllm.training.layer_runs import Run, first_layers, measure_runs
 from lora_drop_vllm.training.layerwise import fit_tensors
-from lora_drop_vllm.training.profiler import Profile, draw, measure, read_profile
+from lora_drop_vllm.training.profiler import draw, measure
 from lora_drop_vllm.training.samples import sample
 from lora_drop_vllm.training.settings import Settings
 
@@ -74,13 +75,15 @@ def test_kl_finds_the_layer_that_does_least(smooth_model: Path) -> None:
     assert 0 <= kl[5] < 1e-4 < 1e-3 < min(kl[3], kl[4], kl[6])  # type: ignore[type-var]
 
 
+@pytest.mark.parametrize("injection", ["block", "attn"])
 def test_the_kl_of_a_run_is_that_of_an_adapter_that_has_not_seen_its_text(
-    smooth_model: Path,
+    smooth_model: Path, injection: str
 ) -> None:
     """The KL matches `fit_tensors` without the batch, through the parallel decode on it."""
     model: Any = load_model(smooth_model)
     samples = samples_of(model)
-    config = replace(SETTINGS, layers=(4, 5)).config("tiny", base_model(model))
+    settings = replace(SETTINGS, layers=(4, 5), injection=injection)
+    config = settings.config("tiny", base_model(model))
     runs = measure_runs(model, samples, config, {2})
     counts = [run.count for run in runs]
     assert counts.count(1) == 4 and counts.count(2) == 3 and len(samples) <= 10
