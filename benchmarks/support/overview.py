@@ -1,4 +1,4 @@
-"""What the README shows of the records: three figures beside their ideal, and one picture."""
+"""What the README shows of the records: four figures beside their ideal, and one picture."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from support import record
+from support.load import picture as load_picture
 from support.quality_records import finished, fitted, last_of_each
 from support.tables import machine_name
 
 Record = dict[str, Any]
 K = 3  # of the adapters
+LOAD_SHAPE = {"prompt": 32, "tokens": 64}
 TRAINED = {"rho25-skip": 0.25, "rho50-skip": 0.5}  # adapter: the rho of its number of drop layers
 
 
@@ -42,6 +44,7 @@ def headline() -> str:
     names = (
         f"on {machine_name(_speed(TRAINED['rho25-skip'], K))}",
         "speed-up over stock vLLM",
+        "tokens/s over stock vLLM under load",
         "KV left to other requests",
         "perplexity (ideal: the base model's)",
     )
@@ -52,7 +55,7 @@ def headline() -> str:
 
 
 def _headline_column(adapter: str, rho: float) -> list[tuple[str, str]]:
-    """Measured and ideal, below their heading: speed, KV and perplexity."""
+    """Measured and ideal, below their heading: speed, under load too, KV and perplexity."""
     speed, quality = _speed(rho, K)["metrics"], _trained(adapter)["metrics"]
     low, high = speed["speed_up_95"]
     kv = _latest("kv_saving", rho=rho, k=K)["metrics"]
@@ -62,9 +65,20 @@ def _headline_column(adapter: str, rho: float) -> list[tuple[str, str]]:
             f"{speed['speed_up']:.2f}x ± {(high - low) / 2:.2f}",
             f"{speed['ideal_speed_up']:.2f}x",
         ),
+        (_under_load(adapter), ""),
         (f"{kv['saved']:.1%}", f"{kv['equation_15']:.1%}"),
         (f"{quality['all']['perplexity']:.1f}", f"{quality['all']['base_perplexity']:.1f}"),
     ]
+
+
+def _under_load(adapter: str) -> str:
+    """Tokens/s at the highest rate of load.py, beside stock vLLM."""
+    wanted = {"adapter": adapter} | LOAD_SHAPE
+    for r in load_picture.shown():
+        if wanted.items() <= r["settings"].items():
+            mean, low, high = r["metrics"]["rates"][-1]["against"]["stock"]["tokens_per_s"]
+            return f"{mean:.2f}x ± {(high - low) / 2:.2f}"
+    return "not measured"
 
 
 def _speed(rho: float, k: int) -> Record:
