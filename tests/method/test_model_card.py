@@ -35,6 +35,17 @@ def test_a_card_says_what_the_adapter_is(tmp_path: Path, config: Any) -> None:
     assert "Quality" not in card
 
 
+def test_a_card_names_the_layers_of_which_only_the_attention_drops(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    config, _ = make_adapter(tmp_path, models["llama"], drop_layers=[3], drop_attention=[4, 5])
+    write_card(tmp_path, config)
+    card = (tmp_path / CARD).read_text()
+    assert "3 tokens without 1 of the 8 layers and the attention of 2 of the 8 layers;" in card
+    assert "| drop layers | 3 |" in card and "| attention of | 4, 5 |" in card
+    assert "28.1% of the KV" in card and "Ideal speed" not in card  # 3/8 layers, 3 of 4 steps
+
+
 def test_a_local_base_model_is_no_name_for_the_hub(tmp_path: Path, config: Any) -> None:
     write_card(tmp_path, replace(config, base_model_name_or_path="/models/base"))
     assert "base_model:" not in (tmp_path / CARD).read_text()
