@@ -122,6 +122,7 @@ class Handler(BaseHTTPRequestHandler):
 def model(tmp_path: Path) -> Path:
     """A folder with a config, which is all that is read of a model here."""
     shape = {"model_type": "llama", "num_hidden_layers": LAYERS, "hidden_size": 64}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shape | {"vocab_size": 100}))

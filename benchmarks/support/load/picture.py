@@ -74,8 +74,8 @@ def _panel(axes: Any, r: Record, name: str, factor: float) -> None:
         for x, values in zip(at, rounds, strict=True):
             axes.plot([x] * len(values), values, ".", color=colour, alpha=0.45, markersize=4)
     axes.axvline(r["metrics"]["saturation"], color="#4d5156", linewidth=1, linestyle=":")
-    axes.set_xlabel("requests/s (0: one at a time; dotted: stock vLLM saturated)", fontsize=8)
-    axes.set_ylim(bottom=0)
+    axes.set_xlabel("requests/s (dotted: stock vLLM is saturated)", fontsize=8)
+    axes.set_ylim(bottom=0, top=100 if name == "lora_share" else None)
     axes.grid(color="#e8eaed", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
