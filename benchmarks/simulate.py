@@ -140,11 +140,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     models = ["llama-3-8b", "qwen2.5-14b"]
-    shapes = [Shape(128, 512), Shape(512, 256), Shape(2048, 256), Shape(4096, 64)]
+    shapes = [Shape(128, 256), Shape(512, 128), Shape(2048, 128), Shape(4096, 64)]
     add("--models", choices=SHAPES, nargs="+", default=models)
     add("--shapes", type=shape_argument, nargs="+", default=shapes, help="PROMPT+TOKENS, in means")
     add("--rates", type=float, nargs="+", default=[0.25, 0.5, 0.8, 1.2], help="of saturation")
-    add("--requests", type=int, default=1000, help="requests of each run")
+    add("--requests", type=int, default=700, help="requests of each run")
     add("--max-requests", type=int, default=512, help="most requests that run at once")
     add("--rho", type=float, default=0.5)
     add("--k", type=int, default=3)

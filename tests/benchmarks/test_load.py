@@ -88,7 +88,10 @@ def test_differences_are_taken_within_rounds_and_have_intervals() -> None:
     [
         (1.2, 0.8, 100, "wins"),
         (1.0, 0.8, 200, "wins, first tokens late"),
-        (1.01, 0.99, 0, "no gain"),
+        (1.04, 0.95, 0, "no gain"),
+        (1.06, 0.95, 0, "wins"),
+        (1.04, 0.89, 0, "wins"),
+        (1.04, 0.95, 200, "first tokens late"),
         (0.9, 0.8, 0, "mixed"),
         (0.9, 1.0, 0, "loses"),
     ],

@@ -24,7 +24,8 @@ SIMULATE = (
     "| preemptions | `wait` beside stock"
 )
 CALIBRATION = "simulated beside measured | figure | mean error | largest error"
-NOISE = 0.02  # a difference of figures that counts as none
+# differences of ratios that count as none: about the mean error of the calibrated simulation
+NOISE = {"tokens_per_s": 0.05, "tpot_mean_ms": 0.1}
 
 
 def load(r: Record) -> list[list[str]]:
@@ -100,9 +101,9 @@ def verdict(rate: Record, k: int) -> str:
     A first token is late if p99 grows by more than k full steps, which is what a prompt may wait.
     """
     found = rate["against"]["stock"]
-    tokens, tpot = found["tokens_per_s"][0], found["tpot_mean_ms"][0]
-    faster = tokens >= 1 + NOISE or tpot <= 1 - NOISE
-    slower = tokens <= 1 - NOISE or tpot >= 1 + NOISE
+    tokens = (found["tokens_per_s"][0] - 1) / NOISE["tokens_per_s"]
+    tpot = (found["tpot_mean_ms"][0] - 1) / NOISE["tpot_mean_ms"]
+    faster, slower = tokens >= 1 or tpot <= -1, tokens <= -1 or tpot >= 1
     late = found["ttft_p99_ms"][0] > _full_steps(rate, k)
     if slower:
         return "mixed" if faster else "loses"
