@@ -52,7 +52,7 @@ class LayerReads:
         """The reads of a layer of a Hugging Face config of Llama's form, biases and norms aside."""
         d, heads = config.hidden_size, config.num_attention_heads
         size = head_dim(config)
-        token = 2 * config.num_key_value_heads * size
+        token = 2 * (getattr(config, "num_key_value_heads", None) or heads) * size
         return cls(d * (2 * heads * size + token), 3 * d * config.intermediate_size, token)
 
     def share(self, context: int = 0) -> float:

@@ -179,6 +179,8 @@ def test_an_attention_costs_what_it_reads() -> None:
     reads = LayerReads.of(SimpleNamespace(**shape))
     assert reads == LayerReads.of(SimpleNamespace(**shape, head_dim=2))
     assert reads == LayerReads(attention=16 + 8 + 8 + 16, mlp=36, token=4)
+    without = {name: shape[name] for name in shape if name != "num_key_value_heads"}
+    assert LayerReads.of(SimpleNamespace(**without)).token == 2 * shape["hidden_size"]
     assert reads.share() == pytest.approx(48 / 84)
     assert reads.share(context=16) == pytest.approx((48 + 64) / (84 + 64))
     sites = AdapterSites.of([1], "attn", "update", 4, 1)
