@@ -97,14 +97,15 @@ def count_in_run(layers: int, d: int, r: int) -> dict[str, list[str]]:
     from lora_drop_vllm.config import resolve
     from lora_drop_vllm.engine.drop_layer import DropRun
     from lora_drop_vllm.method.adapter import BaseModel
+    from lora_drop_vllm.method.sites import Site
 
     config = resolve({"untrained": True}, BaseModel("llama", 32, d))
     states = torch.zeros(layers, 4, d, dtype=torch.bfloat16)
     slots = torch.full((300,), -1)
-    A, B = states.new_zeros(layers, r, d), states.new_zeros(layers, d, r)
-    run = DropRun(config, A, B, states, slots)
+    site = Site(states.new_zeros(r, d), states.new_zeros(d, r))
+    run = DropRun(config, [site] * layers, states, slots)
 
-    update = Update(A, B, run.scale, run.rule.beta, run.rule.writes_back)
+    update = Update(run.A, run.B, run.scale, run.rule.beta, run.rule.writes_back)
 
     def run_rows() -> None:
         for rows in range(1, len(slots) + 1):
