@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo playground screenshots test test-browser test-matrix soak soak-server fuzz check bench bench-grid bench-more clean
+.PHONY: install demo playground screenshots test test-browser test-dashboard test-matrix soak soak-server fuzz check bench bench-grid bench-more clean
 
 install: $(STAMP)
 
@@ -37,6 +37,11 @@ endef
 test-browser: install
 	$(browser)
 	$(PYTEST) -m browser
+
+# every query of the Grafana dashboard, against a real Prometheus; installs it where it is missing
+test-dashboard: install
+	command -v prometheus >/dev/null || $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get install -y prometheus
+	$(PYTEST) tests/server/test_compatibility.py -k dashboard
 
 # the playground's pictures in docs/
 screenshots: install

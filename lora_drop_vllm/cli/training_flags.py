@@ -53,7 +53,7 @@ def generate_flags(parser: ArgumentParser) -> None:
         generate,
         "adapter",
         "answer as the model served with this adapter does, loops included",
-        type=Path,
+        type=str,
         metavar="DIR",
     )
     for name, metavar, meaning in (

@@ -35,7 +35,8 @@ from lora_drop_vllm.generation.generated_file import (
     read_user_turns,
 )
 from lora_drop_vllm.generation.turns import Message
-from lora_drop_vllm.method.adapter import CONFIG_FILE, TENSOR_FILE
+from lora_drop_vllm.hub import adapter_folder
+from lora_drop_vllm.method.adapter import CONFIG_FILE, TENSOR_FILE, load_tensors, read_config
 
 COUNT = 300  # documents by default, about a hundred thousand tokens
 ADAPTER_FILES = (CONFIG_FILE, TENSOR_FILE)
@@ -52,7 +53,7 @@ def generate(
     prompts: Path | None = None,
     openings: Sequence[str] = (),
     exclude: Sequence[str | Path] = (),
-    adapter: Path | None = None,
+    adapter: str | Path | None = None,
     start: Callable[[str, int, int, Path | None], Any] = start_engine,
 ) -> Generated:
     """Has a model write documents to `out`, or resumes the run that is in it.
@@ -66,8 +67,8 @@ def generate(
         prompts: conversations to answer, in place of sampled ones
         openings: texts whose beginnings a model without a chat template continues
         exclude: files of conversations; their user turns must not occur again
-        adapter: answer as the model does when it is served with this adapter; loops are kept
-        start: starts the engine for a model, a batch, a context and an adapter
+        adapter: folder or name; answer as the model served with it does, loops included
+        start: starts the engine for a model, batch, context and adapter
 
     Raises:
         ValueError: settings or prompts cannot be used, or `out` was made with other settings.
@@ -76,21 +77,30 @@ def generate(
     from transformers import AutoTokenizer
 
     settings.check()
+    folder = _checked(adapter)
     asked = read_prompts(prompts) if prompts else None
     most = len(asked) if asked else None
     count = COUNT if count is None and most is None else count
     tokenizer = AutoTokenizer.from_pretrained(model)
-    writer = _writer(tokenizer, settings, asked, openings, student=adapter is not None)
+    writer = _writer(tokenizer, settings, asked, openings, student=folder is not None)
     excluded = {turn for path in exclude for turn in read_user_turns(Path(path))}
     with alone(out):
-        made_by = _made_by(model, settings, prompts, openings, exclude, adapter)
-        file = GeneratedFile(out, made_by)
+        file = GeneratedFile(out, _made_by(model, settings, prompts, openings, exclude, folder))
         if not _done(file, count, most):
             context = min(writer.context, context_length(model))
-            engine = start(model, batch, context, adapter)
+            engine = start(model, batch, context, folder)
             file.add([], 0, Counter(), engine.facts)  # marks the file as ours
             _run(writer, engine, file, context, excluded, count, batch, most)
     return file.report()
+
+
+def _checked(adapter: str | Path | None) -> Path | None:
+    """The folder of an adapter that can be served; None for none."""
+    if adapter is None:
+        return None
+    folder = adapter_folder(adapter)
+    load_tensors(folder, read_config(folder))
+    return folder
 
 
 def _made_by(

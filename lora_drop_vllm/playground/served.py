@@ -21,6 +21,7 @@ class Served:
         name: what it calls the model
         title: what people call it
         k: LoRA steps between two full steps; a request may ask for fewer
+        attention_only: those of the drop layers whose own MLP runs in LoRA steps
         adapter: name of the adapter's folder; empty for an untrained one
         max_len: tokens of prompt and answer together
     """
@@ -31,6 +32,7 @@ class Served:
     k: int
     num_layers: int
     drop_layers: tuple[int, ...]
+    attention_only: tuple[int, ...]
     reuse: str
     kv: str
     adapter: str
@@ -40,6 +42,10 @@ class Served:
     def kv_skips(self) -> bool:
         """True if LoRA steps write no KV slot in the drop layers."""
         return self.kv == "skip"
+
+
+def _numbers(listed: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in listed.split(",") if number)
 
 
 def look(endpoint: Endpoint, title: str = "") -> Served:
@@ -78,7 +84,8 @@ def look(endpoint: Endpoint, title: str = "") -> Served:
         title=title or endpoint.name,
         k=int(settings["k"]),
         num_layers=int(settings["num_layers"]),
-        drop_layers=tuple(map(int, settings["drop_layers"].split(","))),
+        drop_layers=_numbers(settings["drop_layers"]),
+        attention_only=_numbers(settings.get("attention_only", "")),
         reuse=settings["reuse"],
         kv=settings["kv"],
         adapter=settings["adapter"],

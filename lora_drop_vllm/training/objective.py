@@ -119,34 +119,33 @@ def _of_logits(
 ) -> _OfLogits:
     """Cross-entropy and divergence of R predictions.
 
-    With logits z and p = softmax(z), d(ce) / dz = p - onehot.
+    With logits z, p = softmax(z) and the base model's p', d(ce) / dz = p - onehot, and d / dz of
+    KL(p' || p) = p - p'.
     """
     z, base_z = (decoder.logits(x).float() for x in (own, other))
     p, log_sum = _softmax(z)
     base_p, base_log_sum = _softmax(base_z)
     ce = log_sum - z.gather(1, next_token[:, None]).squeeze(1)
-    log_ratio = (base_z.sub_(z)).add_((log_sum - base_log_sum)[:, None])  # log of base_p / p
-    kl = torch.linalg.vecdot(base_p, log_ratio)
-    divergence, slope = _divergence(weights.divergence, p, base_p, log_ratio, kl)
+    apart, constant = base_z.sub_(z), log_sum - base_log_sum  # their sum: log of base_p / p
+    kl = torch.linalg.vecdot(base_p, apart) + constant
+    if weights.divergence == "forward":
+        divergence, slope = kl, torch.sub(p, base_p, out=base_p)
+    else:
+        log_ratio = apart.add_(constant[:, None])
+        divergence, slope = _divergence(weights.divergence, p, base_p, log_ratio)
     slope = slope.mul_(weights.kl).add_(p, alpha=weights.ce)
     slope.scatter_add_(1, next_token[:, None], slope.new_full((len(slope), 1), -weights.ce))
     return _OfLogits(ce, kl, divergence, decoder.logits_transposed(slope).float())
 
 
-def _divergence(
-    name: str, p: Tensor, base_p: Tensor, log_ratio: Tensor, kl: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A divergence of the student's p from base_p, [R], and its gradient by the logits, [R, V].
+def _divergence(name: str, p: Tensor, base_p: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """`reverse` or `js` of the student's p and base_p, [R], and its gradient by the logits, [R, V].
 
-    d(forward) / dz = p - base_p. The others are sums f(p) over the vocabulary, with d / dz =
-    p (f'(p) - sum of p f'(p)).
+    Both are sums f(p) over the vocabulary, with d / dz = p (f'(p) - sum of p f'(p)).
 
     Args:
         log_ratio: log(base_p / p), [R, V]
-        kl: KL(base || student), [R]
     """
-    if name == "forward":
-        return kl, p - base_p
     if name == "reverse":
         slope = -log_ratio
         value = torch.linalg.vecdot(p, slope)

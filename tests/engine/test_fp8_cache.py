@@ -22,12 +22,14 @@ TOKENS, K, DROP = 40, 3, [3, 4, 6]
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("kv", ["skip", "write"])
-def test_an_fp8_cache(serve: Serve, smooth_model: Path, tmp_path: Path, kv: str) -> None:
+@pytest.mark.parametrize(("kv", "dtype"), [("skip", "fp8"), ("write", "fp8_e4m3")])
+def test_an_fp8_cache(
+    serve: Serve, smooth_model: Path, tmp_path: Path, kv: str, dtype: str
+) -> None:
     """LoRA steps add no error to stock vLLM's; the other KV mode would."""
-    (stock,) = serve(smooth_model, kv_cache_dtype="fp8").generate([PROMPT], TOKENS)
+    (stock,) = serve(smooth_model, kv_cache_dtype=dtype).generate([PROMPT], TOKENS)
     config, tensors = make_adapter(tmp_path, smooth_model, drop_layers=DROP, kv=kv)
-    engine = serve(smooth_model, {"adapter": str(tmp_path)}, kv_cache_dtype="fp8")
+    engine = serve(smooth_model, {"adapter": str(tmp_path)}, kv_cache_dtype=dtype)
     (full,) = engine.generate([PROMPT], TOKENS, extra_args={"lora_drop_k": 0})
     assert (full.tokens, full.logprobs) == (stock.tokens, stock.logprobs)
 

@@ -37,6 +37,8 @@ REFUSED = {
     "pipeline": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size > 1"),
     "lora": ({"enable_lora": True}, "--enable-lora"),
     "nvfp4_cache": ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4"),
+    "e5m2_cache": ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2"),
+    "fp8": ({"quantization": "fp8"}, "--quantization fp8; use a checkpoint by compressed-tensors"),
     "quantization": ({"quantization": "experts_int8"}, "--quantization experts_int8; use a check"),
     "uva_offload": ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
     "prefetch_offload": ({"offload_group_size": 2}, "--offload-group-size"),

@@ -254,6 +254,9 @@ def test_a_students_loops_are_kept_and_taught_without_an_end(
     lines = made(chat_model, tmp_path / "ours.jsonl", engine=engine, **given)
     assert engine.adapter == tmp_path / "adapter" and len(lines) == 2
     assert all(line["messages"][-1]["cut"] for line in lines)
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        made(chat_model, tmp_path / "ours.jsonl", engine=engine, **given)
     make_adapter(tmp_path / "adapter", Path(chat_model), drop_layers=[3])
     with pytest.raises(ValueError, match="made with adapter"):
         made(chat_model, tmp_path / "ours.jsonl", engine=engine, **given)

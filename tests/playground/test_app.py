@@ -97,6 +97,7 @@ def test_an_answer_that_fills_the_model_is_scored_but_for_its_last_token(
 def test_what_is_served(page: TestClient, fake: StreamingFake) -> None:
     served = page.get("/api/served").json()
     assert served["k"] == 3 and served["drop_layers"] == [10, 11, 12]
+    assert served["attention_only"] == [12]
     assert served["num_layers"] == 30 and served["max_len"] == MAX_LEN
     assert served["url"] == fake.url and served["title"] == "fake"
 

@@ -50,6 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # for /sleep and /reset_prefix_cache
         with Server(model, ARGUMENTS) as running:
+            check_that_layers_drop(running.client())
             yield running
 
 
@@ -98,6 +99,16 @@ def ask(server: Server, path: str, body: Any = None) -> tuple[int, Any]:
     except urllib.error.HTTPError as error:
         status, text = error.code, error.read().decode()
     return status, json.loads(text) if text.startswith("{") else text
+
+
+def check_that_layers_drop(client: Any) -> None:
+    """The counter is the scheduler's; that the layers do not run shows in the probabilities."""
+    ours, base = (
+        complete(client, logprobs=1, **more).choices[0].logprobs.token_logprobs
+        for more in ({}, {"vllm_xargs": {"lora_drop_k": 0}})
+    )
+    assert ours[0] == pytest.approx(base[0], abs=1e-5)  # a full step's
+    assert max(abs(a - b) for a, b in zip(ours[1:4], base[1:4])) > 1e-3
 
 
 def test_structured_output_by_json_schema(client: Any) -> None:
@@ -255,7 +266,10 @@ def test_embeddings_are_refused(server: Server) -> None:
     assert status == 404
 
 
-@pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not installed")
+@pytest.mark.skipif(
+    not shutil.which("prometheus"),
+    reason="Prometheus is not installed: make test-dashboard installs it",
+)
 def test_every_query_of_the_dashboard_has_data(client: Any, server: Server, tmp_path: Path) -> None:
     with scraping(server.url, tmp_path) as prometheus:
         prometheus.wait_for("vllm:lora_drop_info")  # then the counters grow between two scrapes

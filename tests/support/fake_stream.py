@@ -61,6 +61,7 @@ class StreamingFake(FakeServer):
             "model_name": "fake",
             "adapter": "rho25",
             "drop_layers": "10,11,12",
+            "attention_only": "12",
             "num_layers": "30",
             "k": str(K),
             "reuse": "update",

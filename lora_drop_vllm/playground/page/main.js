@@ -27,7 +27,8 @@ async function start() {
   const facts = [
     model.title,
     model.adapter || "untrained",
-    `${model.drop_layers.length} of ${model.num_layers} layers drop`,
+    `${model.drop_layers.length} of ${model.num_layers} layers drop` +
+      (model.attention_only.length ? `, ${model.attention_only.length} only their attention` : ""),
     `k up to ${model.k}`,
     `KV: ${model.kv}`,
   ];
