@@ -31,7 +31,7 @@ class Request:
     max_tokens: int
     seed: int
     temperature: float = 0.0
-    top_p: float = 1.0
+    min_p: float = 0.0
     stop: tuple[int, ...] = ()
     stop_text: tuple[str, ...] = ()
 
@@ -125,7 +125,7 @@ def _sampling(request: Request) -> Any:
 
     return SamplingParams(
         temperature=request.temperature,
-        top_p=request.top_p,
+        min_p=request.min_p,
         seed=request.seed if request.temperature else None,
         max_tokens=request.max_tokens,
         stop_token_ids=list(request.stop),

@@ -12,8 +12,8 @@ from lora_drop_vllm.engine.offline_generation import Generator, Request
 from lora_drop_vllm.generation.generated_file import key, normalized
 from lora_drop_vllm.generation.turns import Message, Turns
 
-USER_TOKENS = 256  # tokens of a user's turn, at most
-USER_TOP_P = 0.99  # top-p for a user's turn, at temperature 1
+USER_TOKENS = 128  # tokens of a user's turn, at most
+USER_MIN_P = 0.02  # for a user's turn at temperature 1; top-p would sort the vocabulary
 SPARE = 512  # tokens of a context for headers and a system prompt
 REPEATED = "repeated turn"
 LEAST = 16  # tokens that --max-tokens must allow, and of a continuation, at least
@@ -196,7 +196,7 @@ class Conversations:
             )
         seed = self._settings.random(*what).getrandbits(31)
         prompt, ending = self._turns.user_prompt(talk.messages), self._turns.user
-        return Request(prompt, USER_TOKENS, seed, 1.0, USER_TOP_P, ending.tokens, ending.text)
+        return Request(prompt, USER_TOKENS, seed, 1.0, USER_MIN_P, ending.tokens, ending.text)
 
 
 def _waits_for_reply(messages: Sequence[Message]) -> bool:

@@ -24,7 +24,7 @@ from lora_drop_vllm.engine.offline_generation import start_engine
 from lora_drop_vllm.generation.continuations import Continuations
 from lora_drop_vllm.generation.conversations import (
     USER_TOKENS,
-    USER_TOP_P,
+    USER_MIN_P,
     Conversations,
     Generation,
 )
@@ -119,7 +119,7 @@ def _made_by(
         "prompts": prompts and _digest(prompts.read_bytes()),
         "openings": len(openings) and _digest("\n".join(openings).encode()),
         "user_tokens": USER_TOKENS,
-        "user_top_p": USER_TOP_P,
+        "user_min_p": USER_MIN_P,
         "exclude": [Path(path).name for path in exclude],
         "adapter": adapter
         and _digest(b"".join((adapter / name).read_bytes() for name in ADAPTER_FILES)),

@@ -53,9 +53,9 @@ def test_conversations_are_of_all_kinds(chat_model: str, tmp_path: Path) -> None
     assert set(systems) == set(SYSTEMS) and 70 < len(systems) < 130 and turns == {1, 2, 3}
     assert 70 < sum(line["greedy"] for line in lines) < 130
     users = [request for request in engine.asked if is_user(request)]
-    assert {(r.temperature, r.top_p) for r in users} == {(1.0, 0.99)}
+    assert {(r.temperature, r.min_p) for r in users} == {(1.0, 0.02)}
     replies = [request for request in engine.asked if not is_user(request)]
-    assert {(r.temperature, r.top_p) for r in replies} == {(0.0, 1.0), (0.8, 1.0)}
+    assert {(r.temperature, r.min_p) for r in replies} == {(0.0, 0.0), (0.8, 0.0)}
     end = make_chat_tokenizer("qwen2").convert_tokens_to_ids("<|im_end|>")
     assert {request.stop for request in engine.asked} == {(end,)}
     assert len({request.seed for request in engine.asked}) > 0.99 * len(engine.asked)
