@@ -184,6 +184,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
                 "prompt": shape.prompt,
                 "tokens": shape.tokens,
             } | {name: getattr(given, name) for name in names}
+            if config.drop_attention:
+                settings["drop_attention"] = list(config.drop_attention)
             try:
                 metrics = measure(subject, given, Turns(subject, up, shape), config.k)
                 records.append(record.write("load", settings, metrics))
