@@ -42,7 +42,12 @@ def rendered(page: Path) -> str:
 
     def fill(found: re.Match[str]) -> str:
         begin, name, end = found.groups()
-        table = overview.headline() if name == "headline" else tables.of(record.newest(name))
+        if name == "headline":
+            table = overview.headline()
+        elif name == "load":
+            table = tables.of(load_picture.newest_rates())
+        else:
+            table = tables.of(record.newest(name))
         return f"{begin}{table}\n{end}"
 
     return TABLE.sub(fill, page.read_text())

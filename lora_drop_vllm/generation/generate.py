@@ -23,8 +23,8 @@ from lora_drop_vllm.decode.pretrained import context_length, model_digest, model
 from lora_drop_vllm.engine.offline_generation import start_engine
 from lora_drop_vllm.generation.continuations import Continuations
 from lora_drop_vllm.generation.conversations import (
-    USER_TOKENS,
     USER_MIN_P,
+    USER_TOKENS,
     Conversations,
     Generation,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,15 +157,31 @@ def test_variants_take_turns_at_the_same_requests(
     assert picture.digest([written]).encode() in (tmp_path / "load.png").read_bytes()
 
 
-def test_the_picture_leaves_out_tight_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of(tokens: int, pool: int, utc: str) -> dict[str, Any]:
-        settings = {"model": "m", "prompt": 8, "tokens": tokens}
+def test_the_picture_shows_the_newest_run_of_each_rate_of_a_whole_pool(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def write(tokens: int, pool: int, *rates: float, **about: Any) -> dict[str, Any]:
+        settings = {"model": "m", "prompt": 8, "tokens": tokens, "rounds": len(rates)}
         settings |= {"pool_requests": pool, "max_requests": 4}
-        return {"settings": settings, "utc": utc}
+        found = [{"share_of_saturation": rate} | about for rate in rates]
+        written = {"benchmark": "load", "settings": settings, "machine": {}}
+        written |= {"metrics": {"rates": found}}
+        with (tmp_path / "cpu.jsonl").open("a") as file:
+            file.write(json.dumps(written) + "\n")
+        return written
 
-    found = [of(8, 4, "2"), of(8, 4, "1"), of(8, 2, "3"), of(9, 4, "0")]
-    monkeypatch.setattr(record, "newest", lambda name: found)
-    assert picture.shown() == [found[3], found[0]]
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    write(8, 4, 0, 1, 2, run="first")
+    write(8, 2, 1, run="tight")
+    other = write(9, 4, 1, run="other shape")
+    write(8, 4, 2, run="second")
+    first, second = picture.shown()
+    assert [(x["share_of_saturation"], x["run"]) for x in first["metrics"]["rates"]] == [
+        (0, "first"),
+        (1, "first"),
+        (2, "second"),
+    ]
+    assert second == other
 
 
 @pytest.mark.parametrize("short", [False, True], ids=["whole", "ended early"])

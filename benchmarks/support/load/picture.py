@@ -26,10 +26,21 @@ PANELS = {  # figure: title and factor
 }
 
 
+def newest_rates() -> list[Record]:
+    """The newest record of each setting, with the newest run of every rate in it."""
+    found = []
+    for records in record.by_settings():
+        if records[0]["benchmark"] == "load":
+            rates = {x["share_of_saturation"]: x for r in records for x in r["metrics"]["rates"]}
+            metrics = records[-1]["metrics"] | {"rates": [rates[at] for at in sorted(rates)]}
+            found.append(records[-1] | {"metrics": metrics})
+    return found
+
+
 def shown() -> list[Record]:
-    """The records that the picture shows: the newest of each shape with a whole KV pool."""
+    """The records that the picture shows: those with a whole KV pool, one of each shape."""
     found = {}
-    for r in sorted(record.newest("load"), key=lambda r: r["utc"]):
+    for r in newest_rates():
         s = r["settings"]
         if s["pool_requests"] >= s["max_requests"]:
             found[s["model"], s["prompt"], s["tokens"]] = r
