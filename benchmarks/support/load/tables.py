@@ -125,7 +125,8 @@ def _setting(s: Record) -> str:
 
 def _offered(rate: Record) -> str:
     share = rate["share_of_saturation"]
-    return f"{rate['requests_per_s']:.2g} ({share:.0%})" if share else "one at a time"
+    digits = 0 if rate["requests_per_s"] >= 10 else 1
+    return f"{rate['requests_per_s']:.{digits}f} ({share:.0%})" if share else "one at a time"
 
 
 def _percent(rounds: list[float]) -> str:
