@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lora_drop_vllm.method.cost import kv_saving
 from lora_drop_vllm.method.layers import num_drop_layers
+from lora_drop_vllm.method.reuse import SITES
 
 
 @contextmanager
@@ -85,6 +86,7 @@ def main() -> None:
             stock = bytes_held(core, None, given)
         for rho in given.rho:
             settings = {"untrained": True, "rho": rho, "k": max(given.k)}
+            settings |= {"injection": given.injection}
             with engine(model, settings, given) as core:
                 held = {k: bytes_held(core, k, given) for k in given.k}
             for k, ours in held.items():
@@ -97,7 +99,10 @@ def main() -> None:
                     "share_of_equation_15": round((1 - ours / stock) / formula, 3),
                 }
                 print(json.dumps({"rho": rho, "k": k} | metrics, indent=2))
-                record.write("kv_saving", vars(given) | {"rho": rho, "k": k}, metrics)
+                kept = vars(given) | {"rho": rho, "k": k}
+                if given.injection == "block":  # as in the records from before there was a choice
+                    del kept["injection"]
+                record.write("kv_saving", kept, metrics)
 
 
 def _arguments() -> argparse.Namespace:
@@ -107,6 +112,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=SHAPES, default="135m", help="shape, dummy weights")
     parser.add_argument("--rho", type=float, nargs="+", default=[0.5])
     parser.add_argument("--k", type=int, nargs="+", default=[3])
+    parser.add_argument(
+        "--injection", choices=SITES, default="block", help="what drops; attn: only the attention"
+    )
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=992)
     return parser.parse_args()

@@ -100,7 +100,7 @@ def _speed(r: Record) -> str:
 
 def _saved(r: Record) -> str:
     formula = _equation_15(r)
-    m = _measured("kv_saving", r)
+    m = _measured("kv_saving", r, injection=None)
     return f"{m['saved']:.1%} ({formula:.1%})" if m else f"– ({formula:.1%})"
 
 
@@ -198,7 +198,8 @@ def sections() -> list[str]:
     lines += _what_drops()
     draw(grid, "rho", "k", "quality_rho.png")
     draw(rank, "tokens", "rank", "quality_rank.png")
-    draw_saving([r for r in record.newest("kv_saving") if r["settings"]["model"] == "135m"])
+    pools = [r for r in record.newest("kv_saving") if "injection" not in r["settings"]]
+    draw_saving([r for r in pools if r["settings"]["model"] == "135m"])
     return lines
 
 

@@ -82,12 +82,12 @@ def _under_load(adapter: str) -> str:
 
 
 def _speed(rho: float, k: int) -> Record:
-    usual: dict[str, Any] = dict(batch=1, prompt=16, dtype="float32", compile=False, injection=None)
+    usual: dict[str, Any] = dict(batch=1, prompt=16, dtype="float32", compile=False)
     return _latest("decode_latency", rho=rho, k=k, **usual)
 
 
 def _latest(benchmark: str, **wanted: Any) -> Record:
-    found = record.latest(benchmark, model="135m", **wanted)
+    found = record.latest(benchmark, model="135m", injection=None, **wanted)
     if found is None:
         raise RuntimeError(f"benchmarks/results has no record of {benchmark} with {wanted}")
     return found
