@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo playground screenshots test test-browser test-dashboard test-matrix soak soak-server fuzz check bench bench-grid bench-more clean
+.PHONY: install demo playground screenshots test test-browser test-dashboard test-matrix soak soak-server fuzz check bench bench-grid bench-more bench-attention clean
 
 install: $(STAMP)
 
@@ -97,6 +97,18 @@ bench-more: install
 	$(BENCH) --peers --vllm-bench --concurrency 1 --context 32 --tokens 33 --rounds 15
 	$(BIN)/python benchmarks/capacity.py --pool-mb 32 --tokens 256
 	$(BIN)/python benchmarks/step_breakdown.py
+	$(BIN)/python benchmarks/record.py
+
+# layers that drop whole beside their attention alone: contexts up to 8 x 8192 tokens, KV, capacity;
+# docs/measuring.md says how long it takes and what memory it needs
+bench-attention: install
+	for injection in block attn; do $(BIN)/python benchmarks/decode_latency.py --model 1b \
+		--injection $$injection --batch 1 8 --prompt 128 1024 4096 8192 --filled --tokens 13 \
+		--rounds 5 || exit 1; done
+	$(BIN)/python benchmarks/decode_latency.py --dtype float32 --injection attn --prompt 16 \
+		--tokens 13 --rounds 40
+	$(BIN)/python benchmarks/kv_saving.py --injection attn
+	$(BIN)/python benchmarks/capacity.py --pool-mb 32 --tokens 256 --injection attn
 	$(BIN)/python benchmarks/record.py
 
 clean:

@@ -10,7 +10,7 @@ is given.
     python benchmarks/decode_latency.py --model 1b --rounds 5 --tokens 33
     python benchmarks/decode_latency.py --model llama-3-8b --rho 0.25 --k 1 3 5 --batch 1 8
     for injection in block attn; do python benchmarks/decode_latency.py --model 1b --batch 1 8 \\
-        --prompt 128 1024 4096 8192 --injection $injection; done
+        --prompt 128 1024 4096 8192 --filled --tokens 13 --injection $injection; done
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def start(given: argparse.Namespace, scratch: Path, names: Sequence[str]) -> dic
         ours = {"untrained": True, "drop_layers": drop_layers(given), "k": max(given.k)}
         ours |= {"injection": given.injection}
         settings = ours if name == "lora_drop" else None
-        engines[name] = Engine(str(folder), settings, engine_arguments(given, name))
+        engines[name] = Engine(str(folder), settings, engine_arguments(given, name), given.filled)
         if gpu_memory.card_bytes():
             engines[name].wait()
     if not gpu_memory.card_bytes():
@@ -195,8 +195,9 @@ def write(
     )
     print(json.dumps(settings | metrics, indent=2))
     kept = vars(given) | settings
-    if given.injection == "block":  # as in the records from before there was a choice
-        del kept["injection"]
+    for name, plain in (("injection", "block"), ("filled", False)):
+        if kept[name] == plain:  # as in the records from before there was a choice
+            del kept[name]
     record.write("decode_latency", kept, metrics | {"gpu_bytes": held})
 
 
@@ -214,6 +215,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, nargs="+", default=[64], help="prompt tokens")
     parser.add_argument(
         "--injection", choices=SITES, default="block", help="what drops; attn: only the attention"
+    )
+    parser.add_argument(
+        "--filled",
+        action="store_true",
+        help="a constant as the prompts' KV instead of computing it, for long contexts",
     )
     parser.add_argument("--tokens", type=int, default=49, help="generated tokens per measurement")
     parser.add_argument("--rounds", type=int, default=7)

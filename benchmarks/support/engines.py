@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from support import filled_context
+
 SHAPES: dict[str, dict[str, Any]] = {
     "135m": dict(
         hidden_size=576,
@@ -101,15 +103,21 @@ class Engine:
         model: folder
         settings: settings of LoRA-Drop, or None for the stock model
         arguments: arguments of vLLM's `LLM`
+        filled: whether `decode` fills the prompts' KV with a constant instead of computing it
     """
 
     def __init__(
-        self, model: str, settings: dict[str, Any] | None, arguments: dict[str, Any]
+        self,
+        model: str,
+        settings: dict[str, Any] | None,
+        arguments: dict[str, Any],
+        filled: bool = False,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        given = arguments | lora_drop(settings)
-        self.process = context.Process(target=_serve, args=(other, model, given), daemon=True)
+        given = (other, model, arguments | lora_drop(settings), filled)
+        self.process = context.Process(target=_serve, args=given, daemon=True)
+        self.filled = filled
         self.process.start()
         other.close()
 
@@ -124,12 +132,14 @@ class Engine:
     def decode(self, batch: int, prompt: int, tokens: int, k: int | None) -> dict[str, Any]:
         """Decodes `tokens` tokens for `batch` requests that arrive at once.
 
+        Filled prompts have one token more, which is computed.
+
         Returns:
             `times`: milliseconds of the steps after the last prompt's in which every request
             got a token; `lora_steps`: how many of the engine's steps were LoRA steps;
             `gpu_bytes`: the most GPU memory the engine has held so far, 0 on a CPU.
         """
-        return self._ask(_decode, batch, prompt, tokens, k)
+        return self._ask(_decode, batch, prompt, tokens, k, self.filled)
 
     def fill(
         self, batch: int, prompt: int, tokens: int, stop_at_preemption: bool = False
@@ -154,7 +164,7 @@ class Engine:
         self.process.kill()
 
 
-def _serve(pipe: Any, model: str, arguments: dict[str, Any]) -> None:
+def _serve(pipe: Any, model: str, arguments: dict[str, Any], filled: bool) -> None:
     quiet()
     import torch
     from vllm import LLM
@@ -163,10 +173,12 @@ def _serve(pipe: Any, model: str, arguments: dict[str, Any]) -> None:
         model,
         load_format="dummy",
         skip_tokenizer_init=True,
-        enable_prefix_caching=False,
+        enable_prefix_caching=filled,
         seed=0,
         **arguments,
     ).llm_engine
+    if filled:
+        filled_context.write_cache(engine)
     pipe.send("ready")
     while (asked := pipe.recv()) is not None:
         measure, *sizes = asked
@@ -180,9 +192,13 @@ def _add(engine: Any, batch: int, prompt: int, tokens: int, k: int | None = None
 
     extra = None if k is None else {"lora_drop_k": k}
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
-    for n in range(batch):
-        ids = [7 + (n + j) % 500 for j in range(prompt)]
+    for n, ids in enumerate(_prompts(batch, prompt)):
         engine.add_request(str(n), {"prompt_token_ids": ids}, params)
+
+
+def _prompts(batch: int, length: int) -> list[list[int]]:
+    """Prompts that share no prefix."""
+    return [[7 + (n + j) % 500 for j in range(length)] for n in range(batch)]
 
 
 def lora_steps(scheduler: Any) -> int:
@@ -191,15 +207,25 @@ def lora_steps(scheduler: Any) -> int:
     return tracker.totals.lora_steps if tracker else 0
 
 
-def _decode(engine: Any, batch: int, prompt: int, tokens: int, k: int | None) -> dict[str, Any]:
+def _decode(
+    engine: Any, batch: int, prompt: int, tokens: int, k: int | None, filled: bool
+) -> dict[str, Any]:
     scheduler = engine.engine_core.engine_core.scheduler
+    if filled:
+        filled_context.fill(engine, _prompts(batch, prompt + 1))
     before = lora_steps(scheduler)
-    _add(engine, batch, prompt, tokens, k)
+    _add(engine, batch, prompt + filled, tokens, k)
     times, produced = [], []
     while engine.has_unfinished_requests():
         start = time.perf_counter()
-        produced.append(len(engine.step()))
+        outputs = engine.step()
         times.append(1000 * (time.perf_counter() - start))
+        produced.append(len(outputs))
+        if filled and any(output.num_cached_tokens != prompt for output in outputs):
+            raise RuntimeError(
+                f"prompts of {prompt} tokens were not found whole in the prefix cache; they must "
+                "fill stock vLLM's KV blocks: multiples of 128 on a CPU"
+            )
     together = [t for t, count in zip(times, produced, strict=True) if count == batch]
     return {"times": together[1:], "lora_steps": lora_steps(scheduler) - before}
 

@@ -40,7 +40,7 @@ def kv_saving(r: Record) -> list[list[str]]:
     """Blocks counted at the pool."""
     s, m = r["settings"], r["metrics"]
     lengths = f"{s['prompt']} + {s['tokens']}"
-    setting = [f"{s['model']} shape", f"{s['rho']}, {s['k']}", lengths]
+    setting = [f"{s['model']} shape{_attention(s)}", f"{s['rho']}, {s['k']}", lengths]
     return [[*setting, f"{m['saved']:.1%}", f"{m['equation_15']:.1%}"]]
 
 
@@ -131,7 +131,7 @@ def _attention(settings: Record) -> str:
 def _how(settings: Record) -> str:
     dtype = settings.get("dtype", "auto")
     how = ["compiled" if settings["compile"] else "eager", *([dtype] if dtype != "auto" else [])]
-    return ", ".join(how)
+    return ", ".join(how + ["filled context"] * settings.get("filled", False))
 
 
 def _times(ratio: float) -> str:

@@ -72,6 +72,25 @@ def test_a_run_without_lora_steps_gives_no_figure() -> None:
         decode_latency.measure(Engines(0.0), given, 1, 3, 64)
 
 
+def test_a_record_says_what_drops_and_that_the_context_was_filled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without these flags its settings are those of the records from before they existed."""
+    written: list[Any] = []
+    monkeypatch.setattr(record, "write", lambda *found: written.append(found))
+    rounds = {name: [[36.0] * 40] for name in ("stock", "k0", "lora_drop")}
+    rounds["fewer_layers"] = [[20.0] * 40]
+    for flags in ([], ["--filled", "--injection", "attn"]):
+        given = decode_latency.parse(["--model", "1b", *flags])
+        size = {"batch": 8, "k": 3, "prompt": 1024, "together": True}
+        decode_latency.write(given, size, rounds, {})
+    (_, plain, _), (_, filled, metrics) = written
+    assert filled.keys() - plain.keys() == {"injection", "filled"}
+    machine = {"cpu": "c", "cores": 2}
+    row = tables.decode_latency({"settings": filled, "metrics": metrics, "machine": machine})[0]
+    assert row[:3] == ["1b shape, eager, filled context", "8 × 1024", "attention"]
+
+
 @pytest.mark.parametrize("guess", [1, 4, 7, 9], ids=lambda n: f"from {n}")
 def test_the_most_that_fit_are_found_from_any_guess(guess: int) -> None:
     assert capacity.most_that_fit(lambda count: count <= 7, guess) == 7
