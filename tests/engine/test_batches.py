@@ -67,11 +67,27 @@ def test_chunked_prefill_of_16_tokens(
             assert step.kind == "full"
 
 
-@pytest.mark.parametrize("kv", ["skip", "write"])
+@pytest.mark.parametrize(
+    ("kv", "injection"),
+    [
+        pytest.param("skip", "block", id="skip"),
+        pytest.param("write", "block", id="write"),
+        pytest.param("skip", "attn", id="skip-attn", marks=pytest.mark.matrix),
+        pytest.param("skip", "mixed", id="skip-mixed", marks=pytest.mark.matrix),
+        pytest.param("write", "mixed", id="write-mixed", marks=pytest.mark.matrix),
+    ],
+)
 def test_prefix_cache_hits_give_the_same_tokens(
-    serve: Serve, models: dict[str, Path], hf_models: dict[str, Any], tmp_path: Path, kv: str
+    serve: Serve,
+    models: dict[str, Path],
+    hf_models: dict[str, Any],
+    tmp_path: Path,
+    kv: str,
+    injection: str,
 ) -> None:
-    config, tensors = make_adapter(tmp_path, models["llama"], drop_layers=DROP, kv=kv)
+    config, tensors = make_adapter(
+        tmp_path, models["llama"], drop_layers=DROP, kv=kv, injection=injection
+    )
     engine = serve(models["llama"], {"adapter": str(tmp_path)})
     shared = prompt_of(210)
     prompts = [shared + prompt_of(7, seed) for seed in (1, 2)] + [shared]
@@ -125,12 +141,24 @@ def test_generated_tokens_are_not_shared_as_a_prefix(
 
 
 @pytest.mark.runners
+@pytest.mark.parametrize(
+    "injection",
+    ["block", *(pytest.param(kind, marks=pytest.mark.matrix) for kind in ("attn", "mixed"))],
+)
 def test_preempted_requests_are_recomputed_as_prompts(
-    serve: Serve, models: dict[str, Path], hf_models: dict[str, Any], adapter: Any
+    serve: Serve,
+    models: dict[str, Path],
+    hf_models: dict[str, Any],
+    tmp_path: Path,
+    injection: str,
 ) -> None:
-    config, tensors, settings = adapter
+    config, tensors = make_adapter(tmp_path, models["llama"], drop_layers=DROP, injection=injection)
     engine = serve(
-        models["llama"], settings, num_gpu_blocks_override=13, max_num_seqs=4, max_model_len=192
+        models["llama"],
+        {"adapter": str(tmp_path)},
+        num_gpu_blocks_override=13,
+        max_num_seqs=4,
+        max_model_len=192,
     )
     engine.record()
     prompts = [prompt_of(n) for n in (60, 50, 40)]

@@ -36,9 +36,10 @@ MODELS = [
         ("previous", "write", "block"),
         ("update", "skip", "attn"),
         ("previous", "write", "attn"),
+        ("update", "skip", "mixed"),
     )
 ]
-TWO = (MODELS[0], MODELS[7])  # each family, KV mode and way to chain layers once
+TWO = (MODELS[0], MODELS[8])  # each family, KV mode and way to chain layers once
 # Inductor without code of its own: a graph calls ATen's kernels, and no C++ is compiled
 LITE = {"inductor_compile_config": {"fallback_by_default": True}}
 

@@ -108,6 +108,7 @@ def capture(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         ("update", "skip", "block"),
         ("previous", "write", "block"),
         pytest.param("update", "skip", "attn", marks=pytest.mark.matrix),
+        pytest.param("previous", "skip", "mixed", marks=pytest.mark.matrix),
     ],
 )
 def test_graphs_of_both_kinds_give_the_oracles_tokens(

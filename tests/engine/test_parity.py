@@ -41,6 +41,7 @@ TWO = ("update-skip-block", "previous-write-attn_mlp")
 # families that it runs in one; Ministral 3 has YaRN, and vLLM's class is Mistral's
 ONCE = {"llama3_rope": TWO[0], "qwen2_tied": TWO[0], "qwen3": TWO[1], "ministral3": TWO[1]}
 EVERYWHERE = ("llama", "qwen2")  # families that `make test` runs in every setting
+SLOW_IN_V2 = [pytest.mark.matrix] * V2
 OF_ATTENTION = ("update-skip-attn", "previous-write-attn", "anchor-write-attn", "none-skip-attn")
 
 
@@ -96,11 +97,12 @@ def test_tokens_and_logprobs_are_the_oracles(
     assert engine.counts() == {"full": full, "lora": len(KS) * TOKENS - full}
 
 
+@pytest.mark.runners
 @pytest.mark.parametrize(
     ("family", "reuse", "kv", "injection"),
     [
         pytest.param("llama", "update", "skip", "block", id="skip"),
-        pytest.param("qwen2", "previous", "write", "attn_mlp", id="write"),
+        pytest.param("qwen2", "previous", "write", "attn_mlp", id="write", marks=SLOW_IN_V2),
         pytest.param("qwen2", "update", "skip", "attn_mlp", id="gates", marks=pytest.mark.matrix),
         pytest.param("llama", "anchor", "write", "block", id="anchor", marks=pytest.mark.matrix),
     ],

@@ -109,6 +109,7 @@ SETTINGS = {
     "skip-async": ({"reuse": "anchor", "k": 5}, "llama", {"async_scheduling": True}),
     "skip-attn_mlp": ({"injection": "attn_mlp"}, "qwen2", {"max_num_batched_tokens": 17}),
     "skip-attn": ({"injection": "attn"}, "llama", {"max_num_batched_tokens": 33}),
+    "skip-mixed": ({"injection": "mixed"}, "qwen2", {"async_scheduling": True}),
     "write-previous": ({"kv": "write", "reuse": "previous"}, "qwen2_tied", {"block_size": 32}),
 }
 ESSENTIAL = "skip-update"
