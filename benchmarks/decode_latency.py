@@ -27,7 +27,7 @@ from typing import Any
 
 from support import gpu_memory, record
 from support.decode_figures import Times, metrics_of
-from support.engines import SHAPES, Engine, make_shape
+from support.engines import SHAPES, Engine, check_steps, make_shape
 from tqdm import tqdm
 
 from lora_drop_vllm.method.cost import LayerReads
@@ -137,10 +137,7 @@ def measure(
             own_k = asked.get(name)
             found = engines[VARIANTS[name]].decode(batch, prompt, given.tokens, own_k)
             if own_k is not None:
-                # after the prompts' step, one step in k + 1 is full
-                wanted = (given.tokens - 1) - (given.tokens - 1) // (own_k + 1)
-                if abs(found["lora_steps"] - wanted) > (own_k > 0):
-                    raise RuntimeError(f"{found['lora_steps']} LoRA steps instead of {wanted}")
+                check_steps(found["lora_steps"], given.tokens, own_k)
             held[name] = found["gpu_bytes"]
             if n:
                 rounds[name].append(found["times"])

@@ -102,7 +102,7 @@ class Engine:
     Args:
         model: folder
         settings: settings of LoRA-Drop, or None for the stock model
-        arguments: arguments of vLLM's `LLM`
+        arguments: arguments of vLLM's `LLM`; without `load_format`, the weights are made up
         filled: whether `decode` fills the prompts' KV with a constant instead of computing it
     """
 
@@ -141,6 +141,14 @@ class Engine:
         """
         return self._ask(_decode, batch, prompt, tokens, k, self.filled)
 
+    def answer(self, prompt: list[int], tokens: int, k: int) -> dict[str, Any]:
+        """An answer of `tokens` tokens, drawn at temperature 1.
+
+        Returns:
+            `prompt`; `tokens`; `logprobs`: the log-probability of each token.
+        """
+        return self._ask(_answer, prompt, tokens, k)
+
     def fill(
         self, batch: int, prompt: int, tokens: int, stop_at_preemption: bool = False
     ) -> dict[str, Any]:
@@ -169,14 +177,8 @@ def _serve(pipe: Any, model: str, arguments: dict[str, Any], filled: bool) -> No
     import torch
     from vllm import LLM
 
-    engine = LLM(
-        model,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        enable_prefix_caching=filled,
-        seed=0,
-        **arguments,
-    ).llm_engine
+    fixed = dict(skip_tokenizer_init=True, enable_prefix_caching=filled, seed=0)
+    engine = LLM(model, **({"load_format": "dummy"} | fixed | arguments)).llm_engine
     if filled:
         filled_context.write_cache(engine)
     pipe.send("ready")
@@ -199,6 +201,17 @@ def _add(engine: Any, batch: int, prompt: int, tokens: int, k: int | None = None
 def _prompts(batch: int, length: int) -> list[list[int]]:
     """Prompts that share no prefix."""
     return [[7 + (n + j) % 500 for j in range(length)] for n in range(batch)]
+
+
+def check_steps(lora_steps: int, tokens: int, k: int) -> None:
+    """Raises RuntimeError unless a decode ran the LoRA steps that this k makes.
+
+    Args:
+        tokens: number of generated tokens; the prompts' step made the first
+    """
+    wanted = (tokens - 1) - (tokens - 1) // (k + 1)  # one step in k + 1 is full
+    if abs(lora_steps - wanted) > (k > 0):
+        raise RuntimeError(f"{lora_steps} LoRA steps instead of {wanted}")
 
 
 def lora_steps(scheduler: Any) -> int:
@@ -228,6 +241,23 @@ def _decode(
             )
     together = [t for t, count in zip(times, produced, strict=True) if count == batch]
     return {"times": together[1:], "lora_steps": lora_steps(scheduler) - before}
+
+
+def _answer(engine: Any, prompt: list[int], tokens: int, k: int) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    extra = {"lora_drop_k": k}
+    params = SamplingParams(
+        seed=0, max_tokens=tokens, ignore_eos=True, logprobs=0, extra_args=extra
+    )
+    engine.add_request("0", {"prompt_token_ids": prompt}, params)
+    output = None
+    while engine.has_unfinished_requests():
+        (output,) = engine.step() or (output,)
+    assert output is not None
+    ids, found = list(output.outputs[0].token_ids), output.outputs[0].logprobs
+    said = [float(of[token].logprob) for token, of in zip(ids, found, strict=True)]
+    return {"prompt": prompt, "tokens": ids, "logprobs": said}
 
 
 def _fill(engine: Any, batch: int, prompt: int, tokens: int, stop: bool) -> dict[str, Any]:

@@ -91,6 +91,33 @@ def peers(r: Record) -> list[list[str]]:
     ]
 
 
+def quantized(r: Record) -> list[list[str]]:
+    """Quality of a model and its quantized copies under one adapter."""
+    found = []
+    for m in r["metrics"]["models"]:
+        steps, fitted = m["quality"]["all"], "–"
+        if "fitted_plain" in m:
+            kls = [m[name]["all"]["kl"] for name in ("fitted_plain", "fitted_own")]
+            fitted = " / ".join(f"{kl:.3f}" for kl in kls)
+        quality = f"{steps['base_perplexity']:.1f} → {steps['perplexity']:.1f}"
+        near, far = m["served_distance"], m["served_distance_plain"]
+        row = [m["model"], r["settings"]["adapter"], quality, f"{steps['kl']:.3f}"]
+        found.append([*row, f"{steps['agreement']:.1%}", fitted, f"{near:.3f} / {far:.3f}"])
+    return found
+
+
+def quantized_speed(r: Record) -> list[list[str]]:
+    """Decode speed of the same models."""
+    found = []
+    for m in r["metrics"]["models"]:
+        times = (f"{m['ms_per_token'][name]:.1f}" for name in ("stock", "lora_drop"))
+        over = (_with_interval(m["over_plain"][name]) for name in ("stock", "lora_drop"))
+        k0 = f"{m['k0_over_stock']:.2f}"
+        row = [m["model"], f"{r['settings']['rho']:.2g}, {r['settings']['k']}", " → ".join(times)]
+        found.append([*row, _with_interval(m), *over, k0, machine_name(r)])
+    return found
+
+
 def capacity(r: Record) -> list[list[str]]:
     """Requests that fit into a fixed pool."""
     s, m = r["settings"], r["metrics"]
@@ -140,12 +167,18 @@ def _times(ratio: float) -> str:
 
 def _repeated(r: Record) -> str:
     """The speed-up, half its 95 % interval, and the range over the runs of one commit."""
-    found, speeds = _times(r["metrics"]["speed_up"]), r.get("speed_ups", [])
-    if interval := r["metrics"].get("speed_up_95"):
-        found += f" ± {(interval[1] - interval[0]) / 2:.2f}"
+    found, speeds = _with_interval(r["metrics"]), r.get("speed_ups", [])
     if len(speeds) < 2:
         return found
     return f"{found} ({min(speeds):.2f}–{max(speeds):.2f} in {len(speeds)} runs)"
+
+
+def _with_interval(metrics: dict[str, Any]) -> str:
+    """A speed-up, and half its 95 % interval where there is one."""
+    found = _times(metrics["speed_up"])
+    if interval := metrics.get("speed_up_95"):
+        found += f" ± {(interval[1] - interval[0]) / 2:.2f}"
+    return found
 
 
 def machine_name(r: Record) -> str:
@@ -157,7 +190,17 @@ def machine_name(r: Record) -> str:
 DROPS = {"block": "layers", "attn_mlp": "layers, in halves", "attn": "attention"}
 Table = tuple[str, Callable[[Record], list[list[str]]]]  # header, and the rows of a record
 # second tables of the same records
-FURTHER: dict[str, list[Table]] = {"load": [(load_tables.AGAINST, load_tables.against)]}
+FURTHER: dict[str, list[Table]] = {
+    "load": [(load_tables.AGAINST, load_tables.against)],
+    "quantized": [
+        (
+            "quantized, stock → LoRA-Drop | ρ, k | ms per token | speed-up over the same model | "
+            "stock over the first model's | LoRA-Drop over the first model's stock | "
+            "k = 0 against stock | machine",
+            quantized_speed,
+        )
+    ],
+}
 TABLES: dict[str, Table] = {
     "decode_latency": (
         "decoding | batch × prompt | what drops | ρ, k | speed-up | ideal | share of ideal | "
@@ -178,6 +221,12 @@ TABLES: dict[str, Table] = {
         "peers | requests × prompt + generated | | ms per token | speed-up | KL to base | "
         "same best token | machine",
         peers,
+    ),
+    "quantized": (
+        "quantized, base → LoRA-Drop | adapter | perplexity | KL to its own base | "
+        "same best token | KL if fitted on the first model / on itself | "
+        "served against offline, nats: own weights / the first model's",
+        quantized,
     ),
     "capacity": (
         "capacity, stock → LoRA-Drop | ρ, k | prompt + generated | KV pool | "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from environment import V2
-from quantized import KINDS, quantize, round_inputs
+from quantized_tiny import KINDS, quantize, round_inputs
 from serving import PROMPT, Serve, distance, settings_of
 from tiny import load_model, make_adapter
 
@@ -38,7 +38,7 @@ def test_a_quantized_model_is_the_dequantized_one(
     settings = settings_of(config, tensors)
     quantize(model, tmp_path / "model", kind)
     # INT4 kernels take no float32; elsewhere bfloat16 would flip roundings to 8 bits
-    dtype = "bfloat16" if kind in ("gptq", "awq") else "float32"
+    dtype = "bfloat16" if kind in ("int4", "gptq", "awq") else "float32"
     engine = serve(tmp_path / "model", {"adapter": str(tmp_path / "adapter")}, dtype=dtype)
     assert engine.runner.model.model.layers[3].self_attn.qkv_proj.quant_config is not None
     (got,) = engine.generate([PROMPT], TOKENS)

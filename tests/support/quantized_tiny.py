@@ -30,6 +30,18 @@ def fp8(weight: Tensor) -> tuple[Parts, Tensor]:
     return {"weight": q, "weight_scale": scale}, q.float() * scale
 
 
+def int4(weight: Tensor) -> tuple[Parts, Tensor]:
+    """compressed-tensors' W4A16: q * scale, with a scale per group."""
+    groups = weight.view(weight.shape[0], -1, GROUP)  # [N, K / GROUP, GROUP]
+    scale = (groups.abs().amax(2) / 7).to(torch.bfloat16).float()
+    q = (groups / scale[:, :, None]).round().clamp(-8, 7)
+    return {
+        "weight_packed": _pack((q + 8).flatten(1).int()),
+        "weight_scale": scale.to(torch.bfloat16),
+        "weight_shape": torch.tensor(weight.shape),
+    }, (q * scale[:, :, None]).flatten(1)
+
+
 def gptq(weight: Tensor) -> tuple[Parts, Tensor]:
     """GPTQ's symmetric INT4: (q - 8) * scale."""
     groups = weight.T.reshape(-1, GROUP, weight.shape[0])  # [K / GROUP, GROUP, N]
@@ -69,12 +81,17 @@ def _pack(codes: Tensor, order: list[int] | None = None) -> Tensor:
     return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
 
 
-def _compressed(bits: dict[str, Any], weights: str, activations: str, form: str) -> dict[str, Any]:
+def _compressed(bits: dict[str, Any], form: str) -> dict[str, Any]:
+    """Settings of compressed-tensors; inputs are rounded too if the weights have no groups."""
     symmetric = bits | {"symmetric": True}
+    weights = {"strategy": "channel", "dynamic": False}
+    inputs = symmetric | {"strategy": "token", "dynamic": True}
+    if form == "pack-quantized":
+        weights, inputs = weights | {"strategy": "group", "group_size": GROUP}, None
     group = {
         "targets": ["Linear"],
-        "weights": symmetric | {"strategy": weights, "dynamic": False},
-        "input_activations": symmetric | {"strategy": activations, "dynamic": True},
+        "weights": symmetric | weights,
+        "input_activations": inputs,
     }
     return {
         "quant_method": "compressed-tensors",
@@ -86,10 +103,8 @@ def _compressed(bits: dict[str, Any], weights: str, activations: str, form: str)
 
 
 KINDS: dict[str, tuple[Callable[[Tensor], tuple[Parts, Tensor]], dict[str, Any]]] = {
-    "int8": (
-        int8,
-        _compressed({"num_bits": 8, "type": "int"}, "channel", "token", "int-quantized"),
-    ),
+    "int8": (int8, _compressed({"num_bits": 8, "type": "int"}, "int-quantized")),
+    "int4": (int4, _compressed({"num_bits": 4, "type": "int"}, "pack-quantized")),
     "gptq": (
         gptq,
         {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
@@ -104,10 +119,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], tuple[Parts, Tensor]], dict[str, Any]]
             "version": "gemm",
         },
     ),
-    "fp8": (
-        fp8,
-        _compressed({"num_bits": 8, "type": "float"}, "channel", "token", "float-quantized"),
-    ),
+    "fp8": (fp8, _compressed({"num_bits": 8, "type": "float"}, "float-quantized")),
 }
 
 
