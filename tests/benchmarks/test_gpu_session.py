@@ -138,7 +138,9 @@ class FakeEngine:
     most = 0
     asked: set[int | None] = set()  # k, of the LoRA-Drop engine
 
-    def __init__(self, model: str, settings: Any, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, model: str, settings: Any, arguments: dict[str, Any], filled: bool = False
+    ) -> None:
         self.ours = settings is not None
         self.alive.append(model)
         FakeEngine.most = max(self.most, len(self.alive))
