@@ -121,6 +121,7 @@ def dry(models: dict[str, Path]) -> Callable[..., Any]:
         prefix_caching=True,
         policy="fcfs",
         prompts="wait",
+        drops="drop_layers",
     )
     return lambda **setup: DryEngine(config, Setup(**(plain | setup)))
 

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.engine
 
 PROMPT, GENERATED = 32, 1024
 SETTINGS: dict[str, Any] = {"untrained": True, "rho": 0.5, "k": 3}
+ATTENTION = SETTINGS | {"injection": "attn"}
+MIXED = {"untrained": True, "drop_layers": [9, 10, 12], "drop_attention": [*range(13, 24)], "k": 3}
 
 
 def bytes_held_at_the_end(engine: Engine) -> int:
@@ -60,16 +62,28 @@ def gqa_shape(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_layers"), [("real", 30), ("gqa", 32)], ids=["135M", "32-layer GQA"]
+    ("shape", "num_layers", "settings"),
+    [
+        pytest.param("real", 30, SETTINGS, id="135M"),
+        pytest.param("gqa", 32, SETTINGS, id="32-layer GQA"),
+        pytest.param("real", 30, ATTENTION, id="135M-attention", marks=pytest.mark.matrix),
+        pytest.param("gqa", 32, MIXED, id="32-layer GQA-mixed", marks=pytest.mark.matrix),
+    ],
 )
 def test_saved_blocks_come_close_to_equation_15(
-    serve: Serve, request: pytest.FixtureRequest, tmp_path: Path, shape: str, num_layers: int
+    serve: Serve,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    shape: str,
+    num_layers: int,
+    settings: dict[str, Any],
 ) -> None:
+    """14 layers of 32 drop, or 13 of 30: in the mix, too."""
     model = request.getfixturevalue("real_model") if shape == "real" else gqa_shape(tmp_path)
     args: dict[str, Any] = dict(
         max_model_len=2048, kv_cache_memory_bytes=1 << 28, load_format="dummy"
     )
-    ours = bytes_held_at_the_end(serve(model, SETTINGS, **args))
+    ours = bytes_held_at_the_end(serve(model, settings, **args))
     config = serve.engine.scheduler.kv_cache_config
     assert len(config.kv_cache_groups) == 2
     block = config.kv_cache_tensors[0].size // config.num_blocks

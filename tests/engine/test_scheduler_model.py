@@ -48,6 +48,7 @@ def setups(draw: st.DrawFn) -> dict[str, Any]:
         prefix_caching=draw(st.sampled_from([True, True, False])),
         policy=draw(st.sampled_from(["fcfs", "fcfs", "priority"])),
         prompts=draw(st.sampled_from(["wait", "wait", "now"])),
+        drops=draw(st.sampled_from(["drop_layers", "drop_attention"])),
     )
 
 

@@ -25,6 +25,7 @@ TOKENS, DROP, LAYERS = 24, [3, 4, 6], 8
         ("llama", "update", "skip", "block"),
         ("qwen2", "previous", "write", "attn_mlp"),
         pytest.param("llama", "update", "skip", "attn", marks=pytest.mark.matrix),
+        pytest.param("qwen2", "anchor", "write", "mixed", marks=pytest.mark.matrix),
     ],
 )
 def test_two_workers_give_the_oracles_tokens(
@@ -60,5 +61,6 @@ def test_two_workers_give_the_oracles_tokens(
     assert first["steps"] == {"full": full, "lora": TOKENS - full}
     # the embedding, then attention and MLP of each layer that runs
     assert first["reduced"]["full"] == full * (1 + 2 * LAYERS)
-    dropped = len(DROP) * (1 if injection == "attn" else 2)
+    attentions = {"attn": 3, "mixed": 1}.get(injection, 0)  # layers whose MLP runs
+    dropped = 2 * len(DROP) - attentions
     assert first["reduced"]["lora"] == (TOKENS - full) * (1 + 2 * LAYERS - dropped)

@@ -27,6 +27,7 @@ class Setup:
     prefix_caching: bool
     policy: str
     prompts: str
+    drops: str  # the setting that lists layer 3: `drop_layers` or `drop_attention`
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -64,6 +65,7 @@ def make_scheduler(vllm_config: Any, setup: Setup) -> tuple[Any, Any]:
         setup.max_model_len,
         setup.prefix_caching,
         {name: getattr(setup, name) for name in of_vllm},
-        {name: getattr(setup, name) for name in ("k", "kv", "prompts")},
+        {name: getattr(setup, name) for name in ("k", "kv", "prompts")}
+        | {"drop_layers": [], "drop_attention": [], setup.drops: [3]},
     )
     return dry_core.make_scheduler(vllm_config, WatchedScheduler, core)
