@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,31 @@ def test_a_model_that_is_not_what_the_engine_serves_gives_no_record(
     windows = torch.tensor([prompt_of(64)])
     monkeypatch.setattr(benchmark, "PROMPT", 16)
     if served == "plain":
-        with pytest.raises(RuntimeError, match="Either the engine serves another model"):
+        with pytest.raises(RuntimeError, match="the engine serves another model"):
             benchmark.measure_quality(given, folders, config, windows, answers)
         return
     found = benchmark.measure_quality(given, folders, config, windows, answers)
     assert found["int4"]["served_distance"] < found["int4"]["served_distance_plain"] / 2
     base = [found[name]["quality"]["all"]["base_perplexity"] for name in folders]
     assert base[0] != base[1]  # each beside its own base model
+
+
+@pytest.mark.parametrize(
+    ("near", "far", "noise", "serves"),
+    [
+        (0.05, 0.2, 0.0, True),
+        (0.15, 0.2, 0.0, False),
+        (0.19, 0.18, 0.18, True),  # as far as the decode is from itself
+        (0.30, 0.25, 0.18, False),
+        (0.18, 0.04, 0.18, False),  # the plain model
+    ],
+)
+def test_what_an_engine_serves_is_told_from_its_answers(
+    near: float, far: float, noise: float, serves: bool
+) -> None:
+    expected = contextlib.nullcontext() if serves else pytest.raises(RuntimeError, match="another")
+    with expected:
+        benchmark.check_served(Path("m"), near, far, noise)
 
 
 def test_speeds_are_over_the_same_model_and_over_the_first() -> None:
