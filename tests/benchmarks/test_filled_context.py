@@ -18,7 +18,9 @@ BATCH, PROMPT, TOKENS = 3, 256, 9
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"untrained": True, "drop_attention": [3, 4, 5]}, id="attention"),
+        pytest.param(
+            {"untrained": True, "drop_attention": [3, 4, 5]}, id="attention", marks=pytest.mark.matrix
+        ),
         pytest.param(
             {"untrained": True, "drop_layers": [3, 4, 5]}, id="layers", marks=pytest.mark.matrix
         ),
