@@ -19,7 +19,9 @@ BATCH, PROMPT, TOKENS = 3, 256, 9
     "settings",
     [
         pytest.param(
-            {"untrained": True, "drop_attention": [3, 4, 5]}, id="attention", marks=pytest.mark.matrix
+            {"untrained": True, "drop_attention": [3, 4, 5]},
+            id="attention",
+            marks=pytest.mark.matrix,
         ),
         pytest.param(
             {"untrained": True, "drop_layers": [3, 4, 5]}, id="layers", marks=pytest.mark.matrix
