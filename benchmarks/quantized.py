@@ -153,9 +153,8 @@ def measure_quality(
         near, far = (distance(one, served[kind], config.k) for one in (decoder, plain))
         found[kind] |= {"served_distance": near, "served_distance_plain": far}
         if decoder is not plain:
-            own = noise(decoder, served[kind], config.k)
-            found[kind] |= {"noise": own}
-            check_served(folder, near, far, own)
+            found[kind] |= {"noise": noise(decoder, served[kind], config.k)}
+            check_served(folder, near, far, found[kind]["noise"])
         if corpus:
             settings = Settings(rho=config.rho, k=config.k, rank=config.r, tokens=8192)
             samples = sample(model, AutoTokenizer.from_pretrained(folder), corpus, settings)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from support import overview, overview_plot, plots, record, tables
 from support.load import picture as load_picture
+from support.load import tables as load_tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -45,7 +46,7 @@ def rendered(page: Path) -> str:
         if name == "headline":
             table = overview.headline()
         elif name == "load":
-            table = tables.of(load_picture.newest_rates())
+            table = tables.of(load_tables.newest_rates())
         else:
             table = tables.of(record.newest(name))
         return f"{begin}{table}\n{end}"

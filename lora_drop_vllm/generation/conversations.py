@@ -14,6 +14,7 @@ from lora_drop_vllm.generation.turns import Message, Turns
 
 USER_TOKENS = 128  # tokens of a user's turn, at most
 USER_MIN_P = 0.02  # for a user's turn at temperature 1; top-p would sort the vocabulary
+USER_TURNS = {"user_tokens": USER_TOKENS, "user_min_p": USER_MIN_P}  # decide the text, too
 SPARE = 512  # tokens of a context for headers and a system prompt
 REPEATED = "repeated turn"
 LEAST = 16  # tokens that --max-tokens must allow, and of a continuation, at least

@@ -23,8 +23,7 @@ from lora_drop_vllm.decode.pretrained import context_length, model_digest, model
 from lora_drop_vllm.engine.offline_generation import start_engine
 from lora_drop_vllm.generation.continuations import Continuations
 from lora_drop_vllm.generation.conversations import (
-    USER_MIN_P,
-    USER_TOKENS,
+    USER_TURNS,
     Conversations,
     Generation,
 )
@@ -118,8 +117,7 @@ def _made_by(
         **asdict(settings),
         "prompts": prompts and _digest(prompts.read_bytes()),
         "openings": len(openings) and _digest("\n".join(openings).encode()),
-        "user_tokens": USER_TOKENS,
-        "user_min_p": USER_MIN_P,
+        **USER_TURNS,
         "exclude": [Path(path).name for path in exclude],
         "adapter": adapter
         and _digest(b"".join((adapter / name).read_bytes() for name in ADAPTER_FILES)),

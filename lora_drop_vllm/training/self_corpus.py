@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_drop_vllm.cache import default_cache
 from lora_drop_vllm.decode.pretrained import model_digest, model_name
-from lora_drop_vllm.generation.conversations import Generation
+from lora_drop_vllm.generation.conversations import USER_TURNS, Generation
 from lora_drop_vllm.generation.generate import COUNT
 from lora_drop_vllm.generation.generated_file import documents_in
 
@@ -50,7 +50,7 @@ def self_corpus(model: str) -> Path:
 
 def self_path(model: str) -> Path:
     """The cache file for a model's conversations; weights and settings are part of its name."""
-    settings = json.dumps(asdict(Generation())).encode()
+    settings = json.dumps(asdict(Generation()) | USER_TURNS).encode()
     key = f"{model_digest(model)}-{hashlib.sha256(settings).hexdigest()[:6]}"
     return default_cache() / SELF / f"{model_name(model).replace('/', '--')}-{key}.jsonl"
 

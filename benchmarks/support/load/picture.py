@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from support import record
 from support.load.figures import VARIANTS
+from support.load.tables import newest_rates
 
 Record = dict[str, Any]
 
@@ -24,17 +24,6 @@ PANELS = {  # figure: title and factor
     "ttft_p99_ms": ("time to first token, p99, s", 1e-3),
     "lora_share": ("LoRA steps, % of all steps", 100.0),
 }
-
-
-def newest_rates() -> list[Record]:
-    """The newest record of each setting, with the newest run of every rate in it."""
-    found = []
-    for records in record.by_settings():
-        if records[0]["benchmark"] == "load":
-            rates = {x["share_of_saturation"]: x for r in records for x in r["metrics"]["rates"]}
-            metrics = records[-1]["metrics"] | {"rates": [rates[at] for at in sorted(rates)]}
-            found.append(records[-1] | {"metrics": metrics})
-    return found
 
 
 def shown() -> list[Record]:

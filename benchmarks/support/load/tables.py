@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from support import record
 from support.load.figures import VARIANTS
 
 Record = dict[str, Any]
@@ -26,6 +27,17 @@ SIMULATE = (
 CALIBRATION = "simulated beside measured | figure | mean error | largest error"
 # differences of ratios that count as none: about the mean error of the calibrated simulation
 NOISE = {"tokens_per_s": 0.05, "tpot_mean_ms": 0.1}
+
+
+def newest_rates() -> list[Record]:
+    """The newest record of each setting, with the newest run of every rate in it."""
+    found = []
+    for records in record.by_settings():
+        if records[0]["benchmark"] == "load":
+            rates = {x["share_of_saturation"]: x for r in records for x in r["metrics"]["rates"]}
+            metrics = records[-1]["metrics"] | {"rates": [rates[at] for at in sorted(rates)]}
+            found.append(records[-1] | {"metrics": metrics})
+    return found
 
 
 def load(r: Record) -> list[list[str]]:
