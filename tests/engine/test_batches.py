@@ -18,7 +18,8 @@ DROP = [3, 5]
 def check_against_oracle(
     engine: Engine, hf: Any, settings: Any, prompts: list[list[int]], outputs: list[Any]
 ) -> None:
-    """Every request's tokens are the oracle's under the recorded step kinds."""
+    """Every request's tokens are the oracle's under the recorded step kinds, of both kinds."""
+    assert {step.kind for step in engine.steps} == {"full", "lora"}
     ids = list(dict.fromkeys(i for step in engine.steps for i in step.requests))
     assert len(ids) == len(prompts)
     for request_id, prompt, output in zip(ids, prompts, outputs, strict=True):
@@ -95,6 +96,7 @@ def test_prefix_cache_hits_give_the_same_tokens(
     settings = settings_of(config, tensors)
     for prompt, output in zip(prompts, outputs):
         assert output.tokens == Oracle(hf_models["llama"], settings).decode(prompt, 20)
+    assert engine.counts() == {"full": 3 * 5, "lora": 3 * 15}
     assert outputs[0].cached == 0
     assert outputs[1].cached >= 96 and outputs[2].cached >= 96
     if kv == "skip":
