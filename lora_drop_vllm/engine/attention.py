@@ -29,7 +29,12 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from lora_drop_vllm import kernels
 from lora_drop_vllm.engine.kv_cache import AlwaysOnSpec, DropLayerSpec
-from lora_drop_vllm.method.cost import MAX_WASTE, packed_block_sizes, packing_waste
+from lora_drop_vllm.method.cost import (
+    MIN_SAVING,
+    packed_block_sizes,
+    packed_saving,
+    packing_waste,
+)
 from lora_drop_vllm.method.schedule import Row, StepKind
 from lora_drop_vllm.method.state import StepState
 
@@ -73,8 +78,9 @@ def pack(attentions: list[Attention], drop_layers: Sequence[int], step: StepStat
     """
     backend = attentions[0].get_attn_backend()
     num_drop = len(drop_layers)
-    sizes = packed_block_sizes(len(attentions) - num_drop, num_drop, _block_unit(backend))
-    _report(sizes, packing_waste(len(attentions) - num_drop, num_drop, *sizes))
+    groups = len(attentions) - num_drop, num_drop
+    sizes = packed_block_sizes(*groups, _block_unit(backend))
+    _report(sizes, packing_waste(*groups, *sizes), packed_saving(*groups, *sizes))
     packed = _packed(backend)
     compacted = _compacted(backend, step)
     for layer, attention in enumerate(attentions):
@@ -84,14 +90,15 @@ def pack(attentions: list[Attention], drop_layers: Sequence[int], step: StepStat
         attention.attn_backend = compacted if drops else packed
 
 
-def _report(sizes: tuple[int, int], waste: float) -> None:
-    log = logger.info if waste <= MAX_WASTE else logger.warning
+def _report(sizes: tuple[int, int], waste: float, saving: float) -> None:
+    good = saving >= MIN_SAVING
+    log = logger.info if good else logger.warning
     log(
         "LoRA-Drop KV blocks: %d tokens for always-on layers, %d for drop layers; at most %.1f%% "
         "of a pool block stays unused%s",
         *sizes,
         100 * waste,
-        "" if waste <= MAX_WASTE else "; another number of drop layers packs better",
+        "" if good else "; another number of drop layers packs better",
     )
 
 

@@ -92,16 +92,33 @@ def packed_block_sizes(num_always_on: int, num_drop: int, unit: int) -> tuple[in
     """Tokens per KV block of always-on and of drop layers, chosen so that blocks weigh the same.
 
     One block pool serves both groups. Each block takes the bytes of the heavier group, whose
-    weight is layers times tokens. Among multiples of `unit`, the result is the pair with the
-    smallest block whose `packing_waste` is at most `MAX_WASTE`, or else the pair with least waste.
+    weight is layers times tokens. Small blocks waste least at the end of a request, well matched
+    ones least in each block. Among multiples of `unit` whose `packed_saving` is at least
+    `MIN_SAVING`, the result is the pair that a typical request fills with the fewest bytes; if
+    there is none, the pair that saves most.
     """
-    pairs = [(p, q) for p in range(1, MAX_UNITS + 1) for q in range(1, MAX_UNITS + 1)]
-    good = [pq for pq in pairs if packing_waste(num_always_on, num_drop, *pq) <= MAX_WASTE]
-    if good:
-        p, q = min(good, key=lambda pq: (max(num_always_on * pq[0], num_drop * pq[1]), pq))
-    else:
-        p, q = min(pairs, key=lambda pq: (packing_waste(num_always_on, num_drop, *pq), pq))
-    return p * unit, q * unit
+
+    def held(sizes: tuple[int, int]) -> float:
+        prompt = answer = TYPICAL_TOKENS
+        blocks = (prompt + answer) / sizes[0] + (prompt + answer / (TYPICAL_K + 1)) / sizes[1]
+        heavier = max(num_always_on * sizes[0], num_drop * sizes[1])
+        return heavier * (blocks + 1)  # the last block of each list is half empty on average
+
+    def saving(sizes: tuple[int, int]) -> float:
+        return packed_saving(num_always_on, num_drop, *sizes)
+
+    multiples = range(unit, MAX_UNITS * unit + 1, unit)
+    pairs = [(p, q) for p in multiples for q in multiples]
+    good = [sizes for sizes in pairs if saving(sizes) >= MIN_SAVING]
+    return min(good, key=held) if good else max(pairs, key=saving)
+
+
+def packed_saving(num_always_on: int, num_drop: int, size_on: int, size_drop: int) -> float:
+    """Share of Eq. 15's saving (at k = 3) that is left to an endless answer in such blocks."""
+    num_layers = num_always_on + num_drop
+    heavier = max(num_always_on * size_on, num_drop * size_drop)
+    held = heavier / size_on + heavier / size_drop / (TYPICAL_K + 1)  # layers per token
+    return (1 - held / num_layers) / kv_saving(num_layers, num_drop, TYPICAL_K)
 
 
 def packing_waste(num_always_on: int, num_drop: int, size_on: int, size_drop: int) -> float:
@@ -110,5 +127,6 @@ def packing_waste(num_always_on: int, num_drop: int, size_on: int, size_drop: in
     return 1 - light / heavy
 
 
-MAX_WASTE = 0.03
+TYPICAL_TOKENS, TYPICAL_K = 256, 3  # of a request's prompt and of its answer
+MIN_SAVING = 0.95
 MAX_UNITS = 64  # no block is longer than 64 kernel units (2,048 tokens on CPU)

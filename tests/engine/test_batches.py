@@ -107,18 +107,18 @@ def test_prefix_cache_hits_give_the_same_tokens(
 def test_a_prefix_hit_may_end_inside_a_block(
     serve: Serve, models: dict[str, Path], hf_models: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Blocks of 96 and 160 tokens end together at 480 only; hits come in steps of 32."""
+    """Blocks of 64 and 96 tokens end together at 192 only; hits come in steps of 32."""
     config, tensors = make_adapter(tmp_path, models["llama"], drop_layers=[3, 4, 5])
     engine = serve(models["llama"], {"adapter": str(tmp_path)})
     groups = engine.scheduler.kv_cache_config.kv_cache_groups
-    assert sorted(g.kv_cache_spec.block_size for g in groups) == [96, 160]
-    first = prompt_of(200)
+    assert sorted(g.kv_cache_spec.block_size for g in groups) == [64, 96]
+    first = prompt_of(170)
     prompts = [first, first, first + prompt_of(60), first[:100] + prompt_of(50)]
     outputs = [engine.generate([prompt], 10)[0] for prompt in prompts]
     settings = settings_of(config, tensors)
     for prompt, output in zip(prompts, outputs):
         assert output.tokens == Oracle(hf_models["llama"], settings).decode(prompt, 10)
-    assert [output.cached for output in outputs] == [0, 192, 192, 0]
+    assert [output.cached for output in outputs] == [0, 160, 160, 0]
     engine.record()
     twins = [prompt_of(150, seed=1)] * 2
     outputs = engine.generate(twins, 6)  # at once: the second waits for what the first writes

@@ -9,7 +9,7 @@ import pytest
 from serving import Engine, Serve
 from tiny import prompt_of
 
-from lora_drop_vllm.method.cost import MAX_WASTE, kv_saving
+from lora_drop_vllm.method.cost import kv_saving
 from lora_drop_vllm.method.layers import num_drop_layers
 
 pytestmark = pytest.mark.engine
@@ -91,7 +91,7 @@ def test_saved_blocks_come_close_to_equation_15(
         used = group.kv_cache_spec.page_size_bytes
         if not hasattr(group.kv_cache_spec, "kv_cache_specs"):
             used *= len(group.layer_names)
-        assert 1 - used / block <= MAX_WASTE
+        assert used > 0.8 * block
     stock = stock_bytes(serve(model, **args))
     drop = num_drop_layers(SETTINGS["rho"], num_layers)
     assert 1 - ours / stock >= 0.92 * kv_saving(num_layers, drop, SETTINGS["k"])

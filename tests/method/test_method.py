@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_drop_vllm.method.cost import (
-    MAX_WASTE,
+    MIN_SAVING,
     LayerReads,
     ideal_speed,
     kv_saving,
     layers_only_speed,
     packed_block_sizes,
+    packed_saving,
     packing_waste,
 )
 from lora_drop_vllm.method.layers import choose_layers, eligible_layers, num_drop_layers
@@ -200,5 +202,18 @@ def test_kv_saving_is_equation_15() -> None:
 def test_blocks_of_both_groups_weigh_the_same(num_layers: int, rho: float, unit: int) -> None:
     drop = num_drop_layers(rho, num_layers)
     sizes = packed_block_sizes(num_layers - drop, drop, unit)
-    assert packing_waste(num_layers - drop, drop, *sizes) <= MAX_WASTE
+    assert packed_saving(num_layers - drop, drop, *sizes) >= MIN_SAVING
+    assert packing_waste(num_layers - drop, drop, *sizes) < 0.2
     assert all(size % unit == 0 for size in sizes)
+
+
+@pytest.mark.parametrize(("num_layers", "drop"), [(22, 9), (32, 14), (32, 21), (80, 38)])
+@pytest.mark.parametrize(("unit", "stock"), [(16, 16), (32, 128)])
+def test_a_short_request_holds_hardly_more_than_in_stock_blocks(
+    num_layers: int, drop: int, unit: int, stock: int
+) -> None:
+    """32 + 64 tokens: coarse blocks once took twice the memory of stock vLLM's."""
+    on, short = packed_block_sizes(num_layers - drop, drop, unit)
+    block = max((num_layers - drop) * on, drop * short)
+    held = block * (math.ceil(96 / on) + math.ceil((32 + 16) / short))
+    assert held <= 1.15 * num_layers * stock * math.ceil(96 / stock)
