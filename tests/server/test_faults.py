@@ -158,7 +158,7 @@ def test_a_pool_that_is_too_small_for_all(server: Server, given: dict[str, Any])
         )
 
     before = metric(server, "num_preemptions_total")
-    prompts = [prompt_of(80, seed) for seed in range(5)]
+    prompts = [prompt_of(60, seed) for seed in range(5)]  # a block of 64 tokens each, then two
     answers = asyncio.run(crowd())
     assert metric(server, "num_preemptions_total") > before, "nothing was tested"
     for prompt, answer in zip(prompts, answers):
