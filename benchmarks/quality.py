@@ -55,7 +55,7 @@ def main() -> None:
         decoder = ForcedDecoder(model, Adapter(config, tensors).to(model.device))
         steps = perplexity(decoder, windows, PROMPT, config.k)
         metrics: dict[str, Any] = {kind: asdict(found) for kind, found in steps.items()}
-        metrics |= {"drop_layers": config.drop_layers}
+        metrics |= {"drop_layers": config.drop_layers, "injection": config.injection}
         if config.drop_attention:
             metrics |= {"drop_attention": config.drop_attention}
         metrics |= {"tasks": [asdict(run_task(decoder, tokenizer, task)) for task in tasks]}

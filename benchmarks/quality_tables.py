@@ -85,6 +85,11 @@ def _drop_layers(r: Record) -> str:
     return _numbers(r["metrics"]["drop_layers"])
 
 
+def _drops(r: Record) -> str:
+    only_attention = r["metrics"].get("injection") == "attn"
+    return ("attention of " if only_attention else "") + _drop_layers(r)
+
+
 def _numbers(layers: Sequence[int]) -> str:
     if not layers:
         return "–"
@@ -169,7 +174,9 @@ def sections() -> list[str]:
     injection = fitted(rho=0.5, k=2, injection=None)
     drop = ("drop layers", _drop_layers)
     lines = ["### Adapters of this repository", ""]
-    lines += table(last_of_each(finished()), [setting("adapter"), drop, *QUALITY])
+    lines += table(
+        last_of_each(finished()), [setting("adapter"), ("drop layers", _drops), *QUALITY]
+    )
     if answered := chats():
         lines += ["", "### Answers to chat prompts, greedy", ""]
         lines += table(answered, [setting("adapter"), *CHAT])
