@@ -29,12 +29,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from lora_drop_vllm import kernels
 from lora_drop_vllm.engine.kv_cache import AlwaysOnSpec, DropLayerSpec
-from lora_drop_vllm.method.cost import (
-    MIN_SAVING,
-    packed_block_sizes,
-    packed_saving,
-    packing_waste,
-)
+from lora_drop_vllm.method.cost import MIN_SAVING, packed_block_sizes, packed_saving
 from lora_drop_vllm.method.schedule import Row, StepKind
 from lora_drop_vllm.method.state import StepState
 
@@ -80,7 +75,7 @@ def pack(attentions: list[Attention], drop_layers: Sequence[int], step: StepStat
     num_drop = len(drop_layers)
     groups = len(attentions) - num_drop, num_drop
     sizes = packed_block_sizes(*groups, _block_unit(backend))
-    _report(sizes, packing_waste(*groups, *sizes), packed_saving(*groups, *sizes))
+    _report(sizes, packed_saving(*groups, *sizes))
     packed = _packed(backend)
     compacted = _compacted(backend, step)
     for layer, attention in enumerate(attentions):
@@ -90,14 +85,14 @@ def pack(attentions: list[Attention], drop_layers: Sequence[int], step: StepStat
         attention.attn_backend = compacted if drops else packed
 
 
-def _report(sizes: tuple[int, int], waste: float, saving: float) -> None:
+def _report(sizes: tuple[int, int], saving: float) -> None:
     good = saving >= MIN_SAVING
     log = logger.info if good else logger.warning
     log(
-        "LoRA-Drop KV blocks: %d tokens for always-on layers, %d for drop layers; at most %.1f%% "
-        "of a pool block stays unused%s",
+        "LoRA-Drop KV blocks: %d tokens for always-on layers, %d for drop layers; long answers "
+        "save %.0f%% of what they would in blocks of a token%s",
         *sizes,
-        100 * waste,
+        100 * saving,
         "" if good else "; another number of drop layers packs better",
     )
 
