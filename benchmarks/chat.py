@@ -14,16 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from support import record
+from support import exact_steps, record
 from support.quality_records import adapter_name
 
 from lora_drop_vllm.decode.pretrained import model_name
+from lora_drop_vllm.evaluation.divergence import Divergence
 from lora_drop_vllm.evaluation.evaluate import evaluate
-from lora_drop_vllm.evaluation.report import ChatResult
 from lora_drop_vllm.evaluation.rollouts import CHAT_PROMPTS
 from lora_drop_vllm.evaluation.served_answers import Decoding
 
@@ -42,22 +43,27 @@ def main() -> None:
     )
     print(result, flush=True)
     found = result.report()["rollouts"]
-    chat = on_replies(given.model, given.adapter, found.pop("answers"))
-    print(*chat.lines(), sep="\n")
+    forced = on_replies(given.model, given.adapter, found.pop("answers"))
     about = {"model": model_name(given.model), "adapter": adapter_name(given.adapter), **how}
     about |= {"prompts": found.pop("prompts"), "limit": given.limit}
-    steps = {kind: asdict(divergence) for kind, divergence in chat.steps.items()}
-    record.write("chat", about, {"replies": chat.replies, "steps": steps, "rollouts": found})
+    record.write("chat", about, forced | {"rollouts": found})
 
 
-def on_replies(model: str, adapter: Path, answers: list[dict[str, Any]]) -> ChatResult:
+def on_replies(model: str, adapter: Path, answers: list[dict[str, Any]]) -> dict[str, Any]:
     """Divergence on the base model's own answers, but for those with a loop or without a word."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "replies.jsonl"
         file.write_text("".join(json.dumps(_conversation(a)) + "\n" for a in usable(answers)))
-        found = evaluate(model, adapter, chat=file).chat
-    assert found is not None
-    return found
+        chat = evaluate(model, adapter, chat=file).chat
+        assert chat is not None
+        print(*chat.lines(), sep="\n", flush=True)
+        exact = exact_steps.on_chat(model, adapter, file)
+    steps = {"steps": _by_kind(chat.steps), "exact_lora_steps": _by_kind(exact)}
+    return {"replies": chat.replies, **steps}
+
+
+def _by_kind(steps: Mapping[str, Divergence]) -> dict[str, Any]:
+    return {kind: asdict(divergence) for kind, divergence in steps.items()}
 
 
 def usable(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:

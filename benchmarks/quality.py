@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from support import record
+from support.exact_steps import ExactLoraSteps
 from support.quality_records import adapter_name
 from tqdm import tqdm
 
@@ -52,12 +53,16 @@ def main() -> None:
     windows = text_windows(tokenizer, read_text(given.text), given.limit).to(model.device)
     tasks = [read_task(path, given.limit_tasks) for path in given.tasks]
     for settings, config, tensors in _adapters(given, model, tokenizer):
-        decoder = ForcedDecoder(model, Adapter(config, tensors).to(model.device))
+        adapter = Adapter(config, tensors).to(model.device)
+        decoder = ForcedDecoder(model, adapter)
         steps = perplexity(decoder, windows, PROMPT, config.k)
         metrics: dict[str, Any] = {kind: asdict(found) for kind, found in steps.items()}
         metrics |= {"drop_layers": config.drop_layers, "injection": config.injection}
         if config.drop_attention:
             metrics |= {"drop_attention": config.drop_attention}
+        if "adapter" in settings and config.kv == "skip":
+            exact = perplexity(ExactLoraSteps(model, adapter), windows, PROMPT, config.k)
+            metrics |= {"exact_lora_steps": {kind: asdict(of) for kind, of in exact.items()}}
         metrics |= {"tasks": [asdict(run_task(decoder, tokenizer, task)) for task in tasks]}
         about = {"text": given.text.name, "windows": len(windows), "window": WINDOW}
         about |= {"model": model_name(given.model), "prompt": PROMPT, "limit": given.limit_tasks}

@@ -60,8 +60,15 @@ def more(field: str) -> Column:
     return "more than base, points", value
 
 
+def _exact(r: Record) -> str:
+    found = r["metrics"].get("exact_lora_steps")
+    return f"{found['all']['kl']:.3f}" if found else "–"
+
+
+EXACT: Column = ("KL if LoRA steps were exact", _exact)
 CHAT: list[Column] = [
     ("KL to base", lambda r: f"{r['metrics']['steps']['all']['kl']:.3f}"),
+    EXACT,
     ("same best token", lambda r: f"{r['metrics']['steps']['all']['agreement']:.1%}"),
     beside("tokens", "tokens", form=".0f"),
     beside("cut_off", "cut off", 100, ".1f", "%"),
@@ -175,7 +182,7 @@ def sections() -> list[str]:
     drop = ("drop layers", _drop_layers)
     lines = ["### Adapters of this repository", ""]
     lines += table(
-        last_of_each(finished()), [setting("adapter"), ("drop layers", _drops), *QUALITY]
+        last_of_each(finished()), [setting("adapter"), ("drop layers", _drops), *QUALITY, EXACT]
     )
     if answered := chats():
         lines += ["", "### Answers to chat prompts, greedy", ""]

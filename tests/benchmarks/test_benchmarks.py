@@ -240,7 +240,9 @@ def test_chat_measures_the_base_models_answers_and_gets_its_table(
         )
         return EvaluateResult(model, rollouts=found)
 
+    exact = {"all": Divergence(9, 2.0, 1.0, 0.125, 0.75)}
     monkeypatch.setattr(chat, "evaluate", evaluate)
+    monkeypatch.setattr(chat.exact_steps, "on_chat", lambda *_: exact)
     monkeypatch.setattr(chat, "model_name", str)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     command = ["chat.py", "model", "--adapter", "made/here"]
@@ -254,7 +256,7 @@ def test_chat_measures_the_base_models_answers_and_gets_its_table(
     (found,) = quality_tables.chats()
     assert found["settings"]["adapter"] == "made/here" and found["settings"]["limit"] is None
     row = quality_tables.table([found], quality_tables.CHAT)[-1]
-    assert row.startswith("| 0.250 | 75.0% | 4 (4) | 0.0% (33.3%) | -33.3 (")
+    assert row.startswith("| 0.250 | 0.125 | 75.0% | 4 (4) | 0.0% (33.3%) | -33.3 (")
     assert "| 66.7% (33.3%) | +33.3 (" in row and "-1.500 (-1.000)" in row
 
 
