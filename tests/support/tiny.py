@@ -16,7 +16,7 @@ VOCAB = 512
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "ministral3")
 ROPE = {"rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 256}
 LLAMA3_ROPE = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-SHORT = {"original_max_position_embeddings": 8}
+SHORT = {"original_max_position_embeddings": 16}
 YARN = ROPE | {"rope_type": "yarn"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name of the classes, settings
     "llama": ("Llama", {}),
@@ -30,8 +30,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name of the classes, sett
         "Ministral3",
         {
             "head_dim": 32,
-            "rope_parameters": YARN | SHORT | {"factor": 256.0, "llama_4_scaling_beta": 0.5},
-            "llama_4_scaling": SHORT | {"beta": 0.5},  # the same where vLLM looks for it
+            # larger ones make softmax so steep that one rounding changes log-probabilities by 1e-3
+            "rope_parameters": YARN | SHORT | {"factor": 128.0, "llama_4_scaling_beta": 0.1},
+            "llama_4_scaling": SHORT | {"beta": 0.1},  # the same where vLLM looks for it
         },
     ),
 }
