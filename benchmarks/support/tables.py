@@ -146,6 +146,17 @@ def step_breakdown(r: Record) -> list[list[str]]:
     return [*rows, [model, "sum", *(f"{total:.2f}" for total in totals)]]
 
 
+def fit_time(r: Record) -> list[list[str]]:
+    """Minutes from a model to an adapter."""
+    s, rounds = r["settings"], r["metrics"]["rounds"]
+    minutes = (
+        ", ".join(f"{one[name] / 60:.1f}" for one in rounds) for name in ("first_s", "again_s")
+    )
+    command = f"`lora-drop fit` {' '.join(s['flags'])}"
+    count = ", ".join(str(one["conversations"]) for one in rounds)
+    return [[s["model"], command, count, *minutes, machine_name(r)]]
+
+
 def _served(settings: Record) -> str:
     weights = f", adapter {settings['adapter']}" if settings["adapter"] else ", untrained"
     return f"{settings['model']}{weights}, {_how(settings)}"
@@ -206,6 +217,10 @@ TABLES: dict[str, Table] = {
         "decoding | batch × prompt | what drops | ρ, k | speed-up | ideal | share of ideal | "
         "k = 0 against stock | machine",
         decode_latency,
+    ),
+    "fit_time": (
+        "model | command | conversations | minutes | minutes again, text kept | machine",
+        fit_time,
     ),
     "kv_saving": (
         "KV blocks at the pool | ρ, k | prompt + generated | saved | Eq. 15",
