@@ -218,10 +218,6 @@ TABLES: dict[str, Table] = {
         "k = 0 against stock | machine",
         decode_latency,
     ),
-    "fit_time": (
-        "model | command | conversations | minutes | minutes again, text kept | machine",
-        fit_time,
-    ),
     "kv_saving": (
         "KV blocks at the pool | ρ, k | prompt + generated | saved | Eq. 15",
         kv_saving,
@@ -247,6 +243,10 @@ TABLES: dict[str, Table] = {
         "capacity, stock → LoRA-Drop | ρ, k | prompt + generated | KV pool | "
         "requests before the first preemption | offered: tokens/s | preemptions | machine",
         capacity,
+    ),
+    "fit_time": (
+        "model | command | conversations | minutes | minutes again, text kept | machine",
+        fit_time,
     ),
     "step_breakdown": (
         "a step's milliseconds | part | stock vLLM | full step | LoRA step | beyond the ideal",
