@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 import tiny
@@ -43,6 +45,14 @@ def test_check_refuses_a_pair_that_does_not_fit(
     assert main(["check", other, "--adapter", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "made for another model" in error and len(error.splitlines()) == 1
+
+
+def test_a_reader_that_stops_reading_is_no_error(models: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "lora_drop_vllm.cli", "cost", str(models["llama"])]
+    with Popen(command, stdout=PIPE, stderr=PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
 
 
 @pytest.mark.model

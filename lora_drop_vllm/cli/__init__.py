@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from lora_drop_vllm.cli.parser import make_parser
@@ -13,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser(argv[0] if argv else "").parse_args(argv)
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
         return status
     except (ValueError, RuntimeError) as error:
         print(f"lora-drop: {error}", file=sys.stderr)
@@ -20,3 +22,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nlora-drop: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
