@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from support import record
-from support.quality_records import chats, finished, fitted, last_of_each, mixed
+from support.quality_records import chats, chosen, finished, fitted, last_of_each, mixed
 
 from lora_drop_vllm.evaluation.significance import Comparison, MeanLoss
 from lora_drop_vllm.method.cost import kv_saving
@@ -221,8 +221,10 @@ def _what_drops() -> list[str]:
     """Whole layers, attentions and mixes at k = 3, as table and figure; nothing without records."""
     kinds = {
         "layers": fitted(k=3),
+        "layers, by KL": chosen(k=3),
         "attention": fitted(k=3, injection="attn"),
-        "mix": mixed(k=3),
+        "attention, by KL": chosen(k=3, injection="attn"),
+        "mix, by KL": mixed(k=3),
     }
     if not kinds["attention"]:
         return []

@@ -23,6 +23,13 @@ def fitted(**wanted: Any) -> list[Record]:
     return [r for r in _closed_form(PLAIN | wanted) if "drop_attention" not in r["settings"]]
 
 
+def chosen(**wanted: Any) -> list[Record]:
+    """The same for adapters whose drop layers were given by number, as `lora-drop profile` says."""
+    found = _closed_form(PLAIN | {"layers": None, "rho": None} | wanted)
+    of_numbers = [r for r in found if isinstance(r["settings"]["layers"], list)]
+    return [r for r in of_numbers if "drop_attention" not in r["settings"]]
+
+
 def mixed(**wanted: Any) -> list[Record]:
     """The same for adapters of which some layers drop only their attention, by number."""
     conditions = PLAIN | {"layers": None} | wanted

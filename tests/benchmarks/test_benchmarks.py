@@ -276,13 +276,15 @@ def test_what_drops_has_a_row_and_a_point_each(
     numbers = {"layers": [9], "drop_attention": [10, 11]}
     records = [fake([9, 10, 11], []), fake([9, 10, 11], [], injection="attn")]
     records += [fake([9], [10, 11], **numbers), fake([9], [], k=2)]
+    records += [fake([9, 12, 15], [], injection="attn", layers=[9, 12, 15], rho=None)]
     monkeypatch.setattr(quality_records.record, "newest", lambda *_: records)
     monkeypatch.setattr(quality_tables, "PAGE", tmp_path / "quality.md")
     rows = [line for line in quality_tables._what_drops() if line.endswith("| 7.5% |")]
     assert [row.split(" | ")[:3] for row in rows] == [
         ["| layers", "9–11", "–"],
         ["| attention", "9–11", "–"],
-        ["| mix", "9–9", "10–11"],
+        ["| attention, by KL", "9, 12, 15", "–"],
+        ["| mix, by KL", "9–9", "10–11"],
     ]
     assert (tmp_path / "quality_kv_kl.png").stat().st_size > 1000
     del records[1]
