@@ -1,7 +1,7 @@
-"""What `kv: skip` costs if LoRA steps were exact: the part of the loss that no adapter reaches.
+"""What `kv: skip` costs if LoRA steps were exact.
 
 A refresh runs the base model's own layers. In a drop layer it sees no key or value of a LoRA step,
-and however good a correction is, it does not bring these back.
+and no correction brings these back.
 """
 
 from __future__ import annotations
