@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -39,14 +40,18 @@ def write(
         "versions": {p: _version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "-uno", ":/", *RECORDED)),
-        # absolute paths lose their folders, which mean nothing on another machine
-        "argv": [Path(a).name if Path(a).is_absolute() else a for a in sys.argv],
+        "argv": [without_folders(argument) for argument in sys.argv],
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     RESULTS.mkdir(exist_ok=True)
     kind = "gpu" if "gpu" in record["machine"] else "cpu"
     append_line(RESULTS / f"{kind}.jsonl", json.dumps(record))
     return record
+
+
+def without_folders(text: str) -> str:
+    """The text, in which absolute paths lose their folders: these mean nothing elsewhere."""
+    return re.sub(r"(?<!\S)/\S*/", "", text)
 
 
 def machine() -> dict[str, Any]:
