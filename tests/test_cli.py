@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from subprocess import PIPE, Popen
+from tempfile import TemporaryFile
 
 import pytest
 import tiny
@@ -53,6 +54,16 @@ def test_a_reader_that_stops_reading_is_no_error(models: dict[str, Path]) -> Non
         assert process.stdout and process.stderr
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: str) -> None:
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setattr("lora_drop_vllm.plots.require_matplotlib", broken)
+    with TemporaryFile("w") as out, pytest.raises(BrokenPipeError, match="worker"):
+        monkeypatch.setattr(sys, "stdout", out)
+        main(["cost", "model", "--plot", "c.png"])
 
 
 @pytest.mark.model

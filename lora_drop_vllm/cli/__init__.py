@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 
 from lora_drop_vllm.cli.parser import make_parser
@@ -22,6 +23,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nlora-drop: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
+    except BrokenPipeError:
+        if not _reader_left(sys.stdout.fileno()):
+            raise  # another pipe broke
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _reader_left(pipe: int) -> bool:
+    """True if who read the output, such as `head`, has had enough."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
