@@ -24,13 +24,13 @@ def main(argv: list[str] | None = None) -> int:
         print("\nlora-drop: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        if not _reader_left(sys.stdout.fileno()):
+        if not _reader_is_gone(sys.stdout.fileno()):
             raise  # another pipe broke
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
-def _reader_left(pipe: int) -> bool:
+def _reader_is_gone(pipe: int) -> bool:
     """True if who read the output, such as `head`, has had enough."""
     poll = select.poll()
     poll.register(pipe, 0)
