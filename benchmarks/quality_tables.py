@@ -5,18 +5,19 @@ python benchmarks/quality_tables.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from support import record
+from support.quality_plots import draw, draw_kl_over_kv, draw_saving
 from support.quality_records import chats, chosen, finished, fitted, last_of_each, mixed
 
 from lora_drop_vllm.evaluation.significance import Comparison, MeanLoss
 from lora_drop_vllm.method.cost import kv_saving
-from lora_drop_vllm.plots import plot_saving
 
-PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "quality.md"
 BEGIN, END = "<!-- rendered by benchmarks/quality_tables.py -->", "<!-- end -->"
 NUM_LAYERS = 30  # of the 135M model
 
@@ -78,6 +79,13 @@ CHAT: list[Column] = [
     beside("distinct_3", "distinct-3"),
     beside("logprob", "log-probability"),
     beside("first_choice", "first choice", 100, ".1f", "%"),
+]
+ORIGIN: list[Column] = [
+    ("answers", lambda r: str(r["metrics"]["answers"])),
+    ("only LoRA-Drop loops", lambda r: str(r["metrics"]["only_ours_loop"])),
+    ("loop begins at token, median", lambda r: str(r["metrics"]["median_start"])),
+    ("base loops from there", lambda r: str(r["metrics"]["base_loops_from_ours"])),
+    ("base loops from its own text", lambda r: str(r["metrics"]["base_loops_from_own"])),
 ]
 
 
@@ -187,6 +195,9 @@ def sections() -> list[str]:
     if answered := chats():
         lines += ["", "### Answers to chat prompts, greedy", ""]
         lines += table(answered, [setting("adapter"), *CHAT])
+    if origins := last_of_each(record.newest("loop_origin")):
+        lines += ["", "### Loops that only LoRA-Drop enters, and who else does from there", ""]
+        lines += table(origins, [setting("adapter"), *ORIGIN])
     lines += ["", "### Questions answered under the schedule", ""]
     lines += _questions(last_of_each(asked))
     lines += ["", "### Answers of the served model, greedy", ""]
@@ -210,10 +221,11 @@ def sections() -> list[str]:
     lines += ["", "### Choice of layers: ρ = 0.25, k = 3", ""]
     lines += table(choice, [setting("layers", "chosen by"), drop, *QUALITY])
     lines += _what_drops()
-    draw(grid, "rho", "k", "quality_rho.png")
-    draw(rank, "tokens", "rank", "quality_rank.png")
+    draw(grid, "rho", "k", DOCS / "quality_rho.png")
+    draw(rank, "tokens", "rank", DOCS / "quality_rank.png")
     pools = [r for r in record.newest("kv_saving") if "injection" not in r["settings"]]
-    draw_saving([r for r in pools if r["settings"]["model"] == "135m"])
+    of_the_model = [r for r in pools if r["settings"]["model"] == "135m"]
+    draw_saving(of_the_model, DOCS / "quality_kv.png")
     return lines
 
 
@@ -228,7 +240,11 @@ def _what_drops() -> list[str]:
     }
     if not kinds["attention"]:
         return []
-    draw_kl_over_kv(kinds)
+    points = {
+        kind: [(_equation_15(r), r["metrics"]["all"]["kl"]) for r in records]
+        for kind, records in kinds.items()
+    }
+    draw_kl_over_kv(points, DOCS / "quality_kv_kl.png")
     attention = (
         "attention of",
         lambda r: _numbers(r["metrics"].get("drop_attention", ())),
@@ -242,52 +258,6 @@ def _what_drops() -> list[str]:
         )
         lines += shown if kind == "layers" else shown[2:]
     return [*lines, "", "![KL over KV saved, by what drops](quality_kv_kl.png)"]
-
-
-def draw_kl_over_kv(kinds: Mapping[str, Sequence[Record]]) -> None:
-    """KL to the base model over KV saved, a curve for each kind of drop."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for kind, records in kinds.items():
-        points = sorted((_equation_15(r), r["metrics"]["all"]["kl"]) for r in records)
-        if points:
-            axes.plot(*zip(*points), marker="o", label=kind)
-    axes.set(xlabel="KV saved by Eq. 15", ylabel="KL to the base model, nats per token")
-    axes.legend()
-    figure.savefig(PAGE.parent / "quality_kv_kl.png", dpi=110)
-
-
-def draw_saving(records: Sequence[Record]) -> None:
-    """KV saved at the pool beside Eq. 15 (Fig. 3)."""
-    curves: dict[int, list[tuple[float, float]]] = {}
-    for r in records:
-        s = r["settings"]
-        curves.setdefault(s["k"], []).append((s["rho"], r["metrics"]["equation_15"]))
-    held = [(r["settings"]["k"], r["settings"]["rho"], r["metrics"]["saved"]) for r in records]
-    plot_saving(curves, held, PAGE.parent / "quality_kv.png")
-
-
-def draw(records: Sequence[Record], across: str, curve: str, name: str) -> None:
-    """Perplexity over one setting, with a curve for each value of another."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for value in sorted({r["settings"][curve] for r in records}):
-        own = [r for r in records if r["settings"][curve] == value]
-        axes.plot(
-            [r["settings"][across] for r in own],
-            [r["metrics"]["all"]["perplexity"] for r in own],
-            marker="o",
-            label=f"{curve} = {value}",
-        )
-    for base in {r["metrics"]["all"]["base_perplexity"] for r in records}:
-        axes.axhline(base, linestyle=":", color="grey", label="base model")
-    axes.set(xlabel=across, ylabel="perplexity")
-    axes.legend()
-    figure.savefig(PAGE.parent / name, dpi=110)
 
 
 def rendered_page() -> str:

@@ -123,14 +123,20 @@ class RolloutsResult:
 
 def loops(ids: Sequence[int]) -> bool:
     """True if a phrase stands three times in a row, at the sizes of `lora-drop generate`."""
-    times = LOOP["min_count"]
+    return loop_start(ids) is not None
+
+
+def loop_start(ids: Sequence[int]) -> int | None:
+    """Place of the first token that begins a phrase three times in a row; None without one."""
+    starts, times = [], LOOP["min_count"]
     for size in range(LOOP["min_pattern_size"], LOOP["max_pattern_size"] + 1):
         run = 0  # tokens in a row that stand `size` places earlier too
-        for token, later in zip(ids, ids[size:]):
+        for place, (token, later) in enumerate(zip(ids, ids[size:]), 1):
             run = run + 1 if token == later else 0
             if run == (times - 1) * size:
-                return True
-    return False
+                starts.append(place - run)
+                break
+    return min(starts, default=None)
 
 
 def distinct(ids: Sequence[int], size: int) -> float:

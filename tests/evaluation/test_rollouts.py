@@ -15,7 +15,13 @@ import pytest
 from fake_chat import LIKED, MAX_LEN, OTHER, ChatFake
 
 from lora_drop_vllm.cli import main
-from lora_drop_vllm.evaluation.rollout_report import Figure, distinct, loops, same_start
+from lora_drop_vllm.evaluation.rollout_report import (
+    Figure,
+    distinct,
+    loop_start,
+    loops,
+    same_start,
+)
 from lora_drop_vllm.evaluation.rollouts import CHAT_PROMPTS
 from lora_drop_vllm.evaluation.significance import Estimate, mean, share, share_difference
 
@@ -77,6 +83,14 @@ def command(server: ChatFake, prompts: Path, *more: str) -> list[str]:
 )
 def test_a_loop_is_a_phrase_three_times_in_a_row(ids: list[int], found: bool) -> None:
     assert loops(ids) is found
+
+
+def test_a_loop_starts_at_its_first_phrase() -> None:
+    """At the earliest of several loops, whatever their sizes."""
+    short, long = [*range(8)], [*range(20, 40)]
+    assert loop_start([9, 9, *short * 3]) == 2
+    assert loop_start([9, *long * 3, *short * 4]) == 1
+    assert loop_start([*short * 2]) is None
 
 
 def test_distinct_runs_and_same_starts() -> None:
