@@ -278,7 +278,7 @@ def test_what_drops_has_a_row_and_a_point_each(
     records += [fake([9], [10, 11], **numbers), fake([9], [], k=2)]
     records += [fake([9, 12, 15], [], injection="attn", layers=[9, 12, 15], rho=None)]
     monkeypatch.setattr(quality_records.record, "newest", lambda *_: records)
-    monkeypatch.setattr(quality_tables, "PAGE", tmp_path / "quality.md")
+    monkeypatch.setattr(quality_tables, "DOCS", tmp_path)
     rows = [line for line in quality_tables._what_drops() if line.endswith("| 7.5% |")]
     assert [row.split(" | ")[:3] for row in rows] == [
         ["| layers", "9–11", "–"],
