@@ -143,7 +143,7 @@ def _loop_flags(parser: ArgumentParser) -> None:
     """Flags of the training loop."""
     from lora_drop_vllm.decode.masks import BACKENDS
     from lora_drop_vllm.training.gradient import Plan
-    from lora_drop_vllm.training.objective import DIVERGENCES
+    from lora_drop_vllm.training.objective import DIVERGENCES, LEAVE
 
     for name, meaning in (
         ("steps", "optimizer steps"),
@@ -159,6 +159,12 @@ def _loop_flags(parser: ArgumentParser) -> None:
         ("rollouts", "steps after which the adapter answers prompts of the corpus anew; 0: never"),
         ("rollout_prompts", "prompts that it answers each time"),
         ("on_policy", "share of the tokens that come from its answers"),
+        ("rollout_greedy", "share of greedy ones among its answers; the others are sampled"),
+        (
+            "leave_loops",
+            "where a phrase stands three times in a row, take the token that goes on with it out "
+            f"of the base model's distribution if the others have {LEAVE} or more",
+        ),
         ("save_every", "steps between two checkpoints"),
         ("checkpointing", "recompute layers in the backward pass: less memory, more time"),
     ):

@@ -19,6 +19,8 @@ from lora_drop_vllm.training.rows import Position
 
 FILE = "training.safetensors"
 LOG = "training.jsonl"
+# settings of runs from before these could be set
+BEFORE = {"drop_attention": [], "rollout_greedy": 0.5, "leave_loops": False}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             base = BaseModel(**state["config"].pop("base_model"))
             config = AdapterConfig(base_model=base, **state["config"])
-            state["run"].setdefault("drop_attention", [])  # runs from before it could be set
+            for name, value in BEFORE.items():
+                state["run"].setdefault(name, value)
             position = read_position(state["position"])
             return cls(config, state["run"], state["step"], position, tensors)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -37,6 +37,8 @@ class Plan:
         rollouts: steps after which the adapter answers prompts of the corpus anew; 0 means never
         rollout_prompts: number of prompts that it answers each time
         on_policy: share of the tokens that come from its answers
+        rollout_greedy: share of greedy answers among them; the others are sampled
+        leave_loops: teach to leave loops where the base model might; see `Weights`
         save_every: steps between two checkpoints; a kill loses at most so many
         refresh_weight: weight of a refresh's prediction; a LoRA step's weighs 1
         divergence: what `kl` weighs: `forward`, `reverse` or `js`; see `Weights`
@@ -61,6 +63,8 @@ class Plan:
     rollouts: int = 0
     rollout_prompts: int = 64
     on_policy: float = 0.5
+    rollout_greedy: float = 0.5
+    leave_loops: bool = False
     save_every: int = 50
     bf16: bool | None = None
     checkpointing: bool = False
@@ -81,9 +85,16 @@ class Plan:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected more than 0")
         if not 0 < self.on_policy < 1:
             raise ValueError(f"--on-policy {self.on_policy}: expected a share between 0 and 1")
+        if not 0 <= self.rollout_greedy <= 1:
+            raise ValueError(f"--rollout-greedy {self.rollout_greedy}: expected a share, 0 to 1")
         if self.divergence not in DIVERGENCES:
             allowed = ", ".join(DIVERGENCES)
             raise ValueError(f"--divergence {self.divergence}: expected one of {allowed}")
+        if self.leave_loops and self.divergence == "reverse":
+            raise ValueError(
+                "--leave-loops with --divergence reverse: infinite where a token must not come; "
+                "choose forward or js"
+            )
         if not self.ce + self.kl + self.hidden > 0:
             raise ValueError("--ce, --kl, --hidden: all 0; give one of them some weight")
 
@@ -105,7 +116,8 @@ class Plan:
     @property
     def weights(self) -> Weights:
         """The weights of the losses."""
-        return Weights(self.ce, self.kl, self.hidden, self.refresh_weight, self.divergence)
+        losses = self.ce, self.kl, self.hidden
+        return Weights(*losses, self.refresh_weight, self.divergence, self.leave_loops)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

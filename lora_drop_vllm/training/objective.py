@@ -11,9 +11,12 @@ from torch import Tensor
 
 from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.positions import Schedule, take
+from lora_drop_vllm.engine.offline_generation import LOOP
 
 DIVERGENCES = ("forward", "reverse", "js")
 AT_ONCE = 128  # predictions; the vocabulary is wide, and small pieces fit the processor's cache
+LEAVE = 0.1  # probability that the base model gives to leaving a loop, at least; see `Weights`
+OUT = -1e4  # a logit whose probability is 0
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Weights:
         refresh: weight of a refresh's prediction in those means; a LoRA step's weighs 1
         divergence: `forward` is KL(base || student), `reverse` is KL(student || base), `js` is the
             Jensen-Shannon divergence, the mean of both models' KL to their average
+        leave_loops: in a loop (`repeats`), the token that goes on with it is taken out of the base
+            model's distribution if the others have a probability of `LEAVE` or more
     """
 
     ce: float = 1.0
@@ -34,6 +39,7 @@ class Weights:
     hidden: float = 0.0
     refresh: float = 1.0
     divergence: str = "forward"
+    leave_loops: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,33 @@ def predicting(schedule: Schedule) -> Tensor:
     return counts.flatten().nonzero().squeeze(1)
 
 
+def repeats(tokens: Tensor, sequence: Tensor) -> Tensor:
+    """Tokens of loops: they say a phrase of 8 to 128 tokens again that stands there three times.
+
+    Args:
+        tokens: [N, T]
+        sequence: [N, T]  of `Schedule`
+
+    Returns:
+        [N, T] bool; the first of the three times is not among them.
+    """
+    length = tokens.shape[1]
+    found = torch.zeros_like(tokens, dtype=torch.bool)
+    for size in range(LOOP["min_pattern_size"], LOOP["max_pattern_size"] + 1):
+        again = (LOOP["min_count"] - 1) * size  # tokens in a row that stood `size` places before
+        if length < size + again:
+            break
+        same = (tokens[:, size:] == tokens[:, :-size]) & (sequence[:, size:] >= 0)
+        same &= sequence[:, size:] == sequence[:, :-size]
+        before = torch.nn.functional.pad(same.int().cumsum(1), (1, 0))
+        begins = (before[:, again:] - before[:, :-again] == again).int()
+        edges = tokens.new_zeros(len(tokens), length + 1)
+        edges[:, size : length - again + 1] += begins
+        edges[:, size + again :] -= begins
+        found |= edges.cumsum(1)[:, :-1] > 0
+    return found
+
+
 def backward(
     decoder: ForcedDecoder, tokens: Tensor, schedule: Schedule, weights: Weights, share: float
 ) -> Losses:
@@ -85,6 +118,9 @@ def backward(
     at = predicting(schedule)
     own, other, next_token = take(hidden, at), take(base, at), tokens.flatten()[at + 1]
     lora = schedule.lora.flatten()[at]
+    loop = torch.zeros_like(lora)
+    if weights.leave_loops:
+        loop = repeats(tokens, schedule.sequence).flatten()[at + 1]
     weight = torch.where(lora, 1.0, weights.refresh)
     weight /= weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
     gradient = torch.empty_like(own)
@@ -92,7 +128,8 @@ def backward(
     with torch.no_grad():
         scale = other.float().square().mean()
         for piece in torch.arange(len(at), device=at.device).split(AT_ONCE):
-            made = _of_logits(decoder, own[piece], other[piece], next_token[piece], weights)
+            of = own[piece], other[piece], next_token[piece], loop[piece]
+            made = _of_logits(decoder, *of, weights)
             apart = own[piece].float() - other[piece].float()
             far = apart.square().mean(-1) / scale
             found[piece] = torch.stack((made.ce, made.kl, far, made.divergence), 1).double()
@@ -115,14 +152,20 @@ class _OfLogits(NamedTuple):
 
 
 def _of_logits(
-    decoder: ForcedDecoder, own: Tensor, other: Tensor, next_token: Tensor, weights: Weights
+    decoder: ForcedDecoder,
+    own: Tensor,
+    other: Tensor,
+    next_token: Tensor,
+    loop: Tensor,
+    weights: Weights,
 ) -> _OfLogits:
-    """Cross-entropy and divergence of R predictions.
+    """Cross-entropy and divergence of R predictions; `loop` marks those that go on with a loop.
 
     With logits z, p = softmax(z) and the base model's p', d(ce) / dz = p - onehot, and d / dz of
     KL(p' || p) = p - p'.
     """
     z, base_z = (decoder.logits(x).float() for x in (own, other))
+    leave(base_z, next_token, loop)
     p, log_sum = _softmax(z)
     base_p, base_log_sum = _softmax(base_z)
     ce = log_sum - z.gather(1, next_token[:, None]).squeeze(1)
@@ -136,6 +179,14 @@ def _of_logits(
     slope = slope.mul_(weights.kl).add_(p, alpha=weights.ce)
     slope.scatter_add_(1, next_token[:, None], slope.new_full((len(slope), 1), -weights.ce))
     return _OfLogits(ce, kl, divergence, decoder.logits_transposed(slope).float())
+
+
+def leave(base_z: Tensor, next_token: Tensor, loop: Tensor) -> None:
+    """Takes `next_token` out of the base model's logits [R, V] where `loop` and `LEAVE` say so."""
+    at = loop.nonzero().squeeze(1)
+    said = base_z[at].softmax(-1).gather(1, next_token[at, None]).squeeze(1)
+    at = at[said <= 1 - LEAVE]
+    base_z[at, next_token[at]] = OUT
 
 
 def _divergence(name: str, p: Tensor, base_p: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,6 @@ from lora_drop_vllm.training.rows import Position
 from lora_drop_vllm.training.settings import Settings
 
 FOLDER = "rollouts"  # in the run's folder: a file of answers per round
-GREEDY = 0.5  # share of greedy answers; the others are sampled, as `generate` does by default
 OPENING = 2000  # characters of a text to continue; `generate` takes its first tokens
 
 
@@ -104,7 +103,8 @@ class Rollouts:
         command = [sys.executable, "-m", "lora_drop_vllm.cli", "generate", self._model]
         command += ["--adapter", str(folder / "adapter"), "--out", str(folder / answers.name)]
         command += ["--prompts", str(folder / "prompts.jsonl"), "--batch", str(count)]
-        command += ["--max-tokens", str(self._settings.length), "--greedy", str(GREEDY)]
+        command += ["--greedy", str(self._plan.rollout_greedy)]
+        command += ["--max-tokens", str(self._settings.length)]
         command += ["--seed", str(chance.getrandbits(31))]
         if subprocess.run(command, stdout=2).returncode:  # 2: sys.stderr may be no file
             raise RuntimeError(

@@ -86,13 +86,15 @@ def test_every_round_trains_on_new_answers_of_the_adapter(
     make_rows = module.Rollouts.rows
     monkeypatch.setattr(module.Rollouts, "rows", at_the_start)
     monkeypatch.setattr(Trainer, "_backward", watching)
-    assert main([*command, "--on-policy", "0.25", "--out", str(tmp_path)]) == 0
+    flags = ["--on-policy", "0.25", "--rollout-greedy", "0.75"]
+    assert main([*command, *flags, "--out", str(tmp_path)]) == 0
     files = sorted(path.name for path in (tmp_path / module.FOLDER).iterdir())
     assert files == ["0.jsonl", "10.jsonl", "5.jsonl"]
     assert [len(prompts) for _, prompts in asked] == [6, 6, 6]
     texts = {prompt["messages"][-1]["content"] for _, prompts in asked for prompt in prompts}
     assert texts <= {f"What is {n}?" for n in range(12)} and len(texts) > 6
     assert len({given["seed"] for given, _ in asked}) == 3
+    assert all(given["greedy"] == 0.75 for given, _ in asked)
     from transformers import AutoTokenizer
 
     decode = AutoTokenizer.from_pretrained(command[1]).decode
@@ -128,10 +130,13 @@ def test_what_stops_a_run_is_said(
     for flag, value, allowed in (
         ("on-policy", "1.5", "between 0 and 1"),
         ("rollouts", "-1", "0 or"),
+        ("rollout-greedy", "-0.5", "0 to 1"),
     ):
         assert main([*command, f"--{flag}", value, *out]) == 2
         said = capsys.readouterr().err
         assert f"--{flag} {value}: expected" in said and allowed in said
+    assert main([*command, "--leave-loops", "--divergence", "reverse", *out]) == 2
+    assert "--leave-loops with --divergence reverse" in capsys.readouterr().err
     gone = SimpleNamespace(returncode=1)
     monkeypatch.setattr(module.subprocess, "run", lambda *command, **how: gone)
     assert main([*command, *out]) == 2

@@ -1,4 +1,4 @@
-"""Training: the loss, the steps, and killed runs that resume."""
+"""Training: the steps, and killed runs that resume."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from tiny import load_model, make_adapter, make_tokenizer
 from training_runs import STEPS, WORDS, assert_equal, tensors_of
 
 from lora_drop_vllm.cli import main
-from lora_drop_vllm.decode.decoder import ForcedDecoder
-from lora_drop_vllm.decode.positions import Schedule, rows
-from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.method.adapter import read_config
 from lora_drop_vllm.training.checkpoint import FILE, LOG
 from lora_drop_vllm.training.corpus import Corpus
 from lora_drop_vllm.training.gradient import Plan, Trainer
-from lora_drop_vllm.training.objective import Losses, Weights, backward, predicting
+from lora_drop_vllm.training.objective import Losses
 from lora_drop_vllm.training.rows import Rows
 
 
@@ -40,75 +37,6 @@ def whole(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     assert main([*given, "--out", str(out)]) == 0
     return out
-
-
-def test_predictions_after_the_first_lora_step_count() -> None:
-    schedule = Schedule.of(rows([9, 6]), torch.tensor([3, 2]), 2, torch.tensor([0, 2]))
-    assert schedule.full.int().tolist() == [
-        [1, 1, 1, 0, 0, 1, 0, 0, 1],
-        [1, 1, 1, 0, 0, 1, 0, 0, 0],
-    ]
-    assert predicting(schedule).tolist() == [3, 4, 5, 6, 7, 9 + 3, 9 + 4]
-
-
-@pytest.mark.parametrize(
-    "weights",
-    [
-        Weights(),
-        Weights(0.3, 0.0, 2.0),
-        Weights(0.0, 1.0, 0.0, 0.25),
-        Weights(1.0, 0.5, 0.1, 0.0),
-        Weights(0.2, 0.7, 0.0, 0.5, "reverse"),
-        Weights(0.2, 0.7, 0.0, 0.5, "js"),
-    ],
-    ids=["ce-kl", "hidden", "refresh", "lora-only", "reverse", "js"],
-)
-def test_the_gradient_by_the_formula_is_that_of_autograd(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Weights
-) -> None:
-    monkeypatch.setattr("lora_drop_vllm.training.objective.AT_ONCE", 5)
-    adapter = Adapter(*make_adapter(tmp_path, models["llama"], drop_layers=[3, 5]))
-    decoder = ForcedDecoder(load_model(models["llama"]), adapter)
-    tokens, schedule = torch.randint(3, 512, (2, 16)), Schedule.of(rows([16, 11]), 3, 3)
-    losses = backward(decoder, tokens, schedule, weights, 0.5).named(weights)
-    got = [p.grad.clone() for p in adapter.parameters() if p.grad is not None]
-    hidden, base = (x.flatten(0, 1) for x in decoder.hidden_and_base(tokens, schedule))
-    at = predicting(schedule)
-    lora = schedule.lora.flatten()[at]
-    assert lora.any() and not lora.all()
-    log_p, base_log_p = (decoder.logits(x[at]).log_softmax(-1) for x in (hidden, base))
-    ce = torch.nn.functional.nll_loss(log_p, tokens.flatten()[at + 1], reduction="none")
-    kl = torch.nn.functional.kl_div(log_p, base_log_p, log_target=True, reduction="none").sum(-1)
-    p, base_p = log_p.exp(), base_log_p.exp()
-    log_mean = ((p + base_p) / 2).log()
-    js = (p * (log_p - log_mean) + base_p * (base_log_p - log_mean)).sum(-1) / 2
-    divergence = {"forward": kl, "reverse": (p * (log_p - base_log_p)).sum(-1), "js": js}
-    trained = divergence[weights.divergence]
-    far = (hidden[at] - base[at]).square().mean(-1) / base[at].square().mean()
-    weight = torch.where(lora, 1.0, weights.refresh)
-    ce_mean, kl_mean, far_mean, trained_mean = (
-        (weight * x).sum() / weight.sum() for x in (ce, kl, far, trained)
-    )
-    total = weights.ce * ce_mean + weights.kl * trained_mean + weights.hidden * far_mean
-    expected = {"loss": total, "ce": ce_mean, "kl": kl_mean, "hidden": far_mean}
-    if weights.divergence != "forward":
-        expected[weights.divergence] = trained_mean
-    expected |= {"kl_lora": kl[lora].mean(), "kl_refresh": kl[~lora].mean()}
-    assert losses == {name: pytest.approx(x.item(), abs=1e-4) for name, x in expected.items()}
-    want = torch.autograd.grad(0.5 * total, list(adapter.parameters()))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3 * float(b.abs().max()), rtol=0)
-
-
-def test_a_batch_without_predictions_trains_nothing(
-    models: dict[str, Path], tmp_path: Path
-) -> None:
-    adapter = Adapter(*make_adapter(tmp_path, models["llama"], drop_layers=[3, 5]))
-    decoder = ForcedDecoder(load_model(models["llama"]), adapter)
-    schedule = Schedule.of(rows([8, 6]), torch.tensor([8, 5]), 3)
-    losses = backward(decoder, torch.randint(3, 512, (2, 8)), schedule, Weights(), 1.0)
-    assert losses.named(Weights()) == {"loss": 0.0, "ce": 0.0, "kl": 0.0, "hidden": 0.0}
-    assert all(p.grad is None for p in adapter.parameters())
 
 
 def test_training_lowers_the_loss(whole: Path) -> None:
