@@ -163,7 +163,8 @@ def _loop_flags(parser: ArgumentParser) -> None:
         (
             "leave_loops",
             "where a phrase stands three times in a row, take the token that goes on with it out "
-            f"of the base model's distribution if the others have {LEAVE} or more",
+            f"of the base model's distribution if the others have {LEAVE} or more, and weigh the "
+            "divergence there by X; 0: never",
         ),
         ("save_every", "steps between two checkpoints"),
         ("checkpointing", "recompute layers in the backward pass: less memory, more time"),

@@ -20,7 +20,7 @@ from lora_drop_vllm.training.rows import Position
 FILE = "training.safetensors"
 LOG = "training.jsonl"
 # settings of runs from before these could be set
-BEFORE = {"drop_attention": [], "rollout_greedy": 0.5, "leave_loops": False}
+BEFORE = {"drop_attention": [], "rollout_greedy": 0.5, "leave_loops": 0.0}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Plan:
         rollout_prompts: number of prompts that it answers each time
         on_policy: share of the tokens that come from its answers
         rollout_greedy: share of greedy answers among them; the others are sampled
-        leave_loops: teach to leave loops where the base model might; see `Weights`
+        leave_loops: weight of predictions in loops that the base model might leave; see `Weights`
         save_every: steps between two checkpoints; a kill loses at most so many
         refresh_weight: weight of a refresh's prediction; a LoRA step's weighs 1
         divergence: what `kl` weighs: `forward`, `reverse` or `js`; see `Weights`
@@ -64,7 +64,7 @@ class Plan:
     rollout_prompts: int = 64
     on_policy: float = 0.5
     rollout_greedy: float = 0.5
-    leave_loops: bool = False
+    leave_loops: float = 0.0
     save_every: int = 50
     bf16: bool | None = None
     checkpointing: bool = False
@@ -74,7 +74,7 @@ class Plan:
         """Raises ValueError for a value out of range; the error names the flag."""
         least = {"steps": 1, "batch": 1, "accumulate": 1, "save_every": 1, "warmup": 0}
         least |= {"ce": 0, "kl": 0, "hidden": 0, "refresh_weight": 0}
-        least |= {"rollouts": 0, "rollout_prompts": 1}
+        least |= {"rollouts": 0, "rollout_prompts": 1, "leave_loops": 0}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(
@@ -92,8 +92,8 @@ class Plan:
             raise ValueError(f"--divergence {self.divergence}: expected one of {allowed}")
         if self.leave_loops and self.divergence == "reverse":
             raise ValueError(
-                "--leave-loops with --divergence reverse: infinite where a token must not come; "
-                "choose forward or js"
+                f"--leave-loops {self.leave_loops} with --divergence reverse: infinite where a "
+                "token must not come; choose forward or js"
             )
         if not self.ce + self.kl + self.hidden > 0:
             raise ValueError("--ce, --kl, --hidden: all 0; give one of them some weight")

@@ -31,7 +31,8 @@ class Weights:
         divergence: `forward` is KL(base || student), `reverse` is KL(student || base), `js` is the
             Jensen-Shannon divergence, the mean of both models' KL to their average
         leave_loops: in a loop (`repeats`), the token that goes on with it is taken out of the base
-            model's distribution if the others have a probability of `LEAVE` or more
+            model's distribution if the others have a probability of `LEAVE` or more, and the
+            divergence weighs so much there; 0: never
     """
 
     ce: float = 1.0
@@ -39,7 +40,7 @@ class Weights:
     hidden: float = 0.0
     refresh: float = 1.0
     divergence: str = "forward"
-    leave_loops: bool = False
+    leave_loops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,10 @@ def backward(
 
 
 class _OfLogits(NamedTuple):
-    """Losses of R predictions that read the logits, [R], and their gradient by `own`, [R, d]."""
+    """Losses of R predictions that read the logits, [R], and their gradient by `own`, [R, d].
+
+    In `divergence`, predictions that should leave a loop have their weight already.
+    """
 
     ce: Tensor
     kl: Tensor
@@ -165,7 +169,7 @@ def _of_logits(
     KL(p' || p) = p - p'.
     """
     z, base_z = (decoder.logits(x).float() for x in (own, other))
-    leave(base_z, next_token, loop)
+    left = leave(base_z, next_token, loop)
     p, log_sum = _softmax(z)
     base_p, base_log_sum = _softmax(base_z)
     ce = log_sum - z.gather(1, next_token[:, None]).squeeze(1)
@@ -176,17 +180,22 @@ def _of_logits(
     else:
         log_ratio = apart.add_(constant[:, None])
         divergence, slope = _divergence(weights.divergence, p, base_p, log_ratio)
-    slope = slope.mul_(weights.kl).add_(p, alpha=weights.ce)
+    weight = torch.where(left, weights.leave_loops, 1.0)
+    slope = slope.mul_(weights.kl * weight[:, None]).add_(p, alpha=weights.ce)
     slope.scatter_add_(1, next_token[:, None], slope.new_full((len(slope), 1), -weights.ce))
-    return _OfLogits(ce, kl, divergence, decoder.logits_transposed(slope).float())
+    return _OfLogits(ce, kl, weight * divergence, decoder.logits_transposed(slope).float())
 
 
-def leave(base_z: Tensor, next_token: Tensor, loop: Tensor) -> None:
-    """Takes `next_token` out of the base model's logits [R, V] where `loop` and `LEAVE` say so."""
-    at = loop.nonzero().squeeze(1)
-    said = base_z[at].softmax(-1).gather(1, next_token[at, None]).squeeze(1)
-    at = at[said <= 1 - LEAVE]
-    base_z[at, next_token[at]] = OUT
+def leave(base_z: Tensor, next_token: Tensor, loop: Tensor) -> Tensor:
+    """Takes `next_token` out of the base model's logits [R, V] where `loop` and `LEAVE` say so.
+
+    Returns:
+        [R] bool  where it did.
+    """
+    left = loop.clone()
+    left[loop] = base_z[loop].softmax(-1).gather(1, next_token[loop, None])[:, 0] <= 1 - LEAVE
+    base_z[left, next_token[left]] = OUT
+    return left
 
 
 def _divergence(name: str, p: Tensor, base_p: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:

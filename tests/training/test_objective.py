@@ -42,8 +42,8 @@ def test_predictions_after_the_first_lora_step_count() -> None:
         Weights(1.0, 0.5, 0.1, 0.0),
         Weights(0.2, 0.7, 0.0, 0.5, "reverse"),
         Weights(0.2, 0.7, 0.0, 0.5, "js"),
-        Weights(0.2, 0.7, 0.0, 0.5, leave_loops=True),
-        Weights(0.2, 0.7, 0.0, 0.5, "js", leave_loops=True),
+        Weights(0.2, 0.7, 0.0, 0.5, leave_loops=3.0),
+        Weights(0.2, 0.7, 0.0, 0.5, "js", leave_loops=0.5),
     ],
     ids=["ce-kl", "hidden", "refresh", "lora-only", "reverse", "js", "loops", "loops-js"],
 )
@@ -69,8 +69,9 @@ def test_the_gradient_by_the_formula_is_that_of_autograd(
     next_token = tokens.flatten()[at + 1]
     log_p, base_log_p = (decoder.logits(x[at]).log_softmax(-1) for x in (hidden, base))
     if weights.leave_loops:
+        left = (at >= 6) & (at < 12)
         base_log_p = base_log_p.clone()
-        base_log_p[(at >= 6) & (at < 12), next_token[(at >= 6) & (at < 12)]] = OUT
+        base_log_p[left, next_token[left]] = OUT
         base_log_p = base_log_p.log_softmax(-1)
     ce = torch.nn.functional.nll_loss(log_p, next_token, reduction="none")
     kl = torch.nn.functional.kl_div(log_p, base_log_p, log_target=True, reduction="none").sum(-1)
@@ -79,6 +80,8 @@ def test_the_gradient_by_the_formula_is_that_of_autograd(
     js = (p * (log_p - log_mean) + base_p * (base_log_p - log_mean)).sum(-1) / 2
     divergence = {"forward": kl, "reverse": (p * (log_p - base_log_p)).sum(-1), "js": js}
     trained = divergence[weights.divergence]
+    if weights.leave_loops:
+        trained = torch.where(left, weights.leave_loops * trained, trained)
     far = (hidden[at] - base[at]).square().mean(-1) / base[at].square().mean()
     weight = torch.where(lora, 1.0, weights.refresh)
     ce_mean, kl_mean, far_mean, trained_mean = (
@@ -140,5 +143,6 @@ def test_a_loop_is_left_only_where_the_base_model_might() -> None:
     sure, unsure = 1 - LEAVE / 2, 1 - LEAVE * 2
     p = torch.tensor([[sure, 1 - sure, 0.0], [unsure, 1 - unsure, 0.0], [unsure, 1 - unsure, 0.0]])
     z = p.log()
-    leave(z, torch.tensor([0, 0, 0]), torch.tensor([True, True, False]))
+    left = leave(z, torch.tensor([0, 0, 0]), torch.tensor([True, True, False]))
+    assert left.tolist() == [False, True, False]
     torch.testing.assert_close(z.softmax(-1), torch.stack((p[0], torch.tensor([0.0, 1, 0]), p[2])))

@@ -131,12 +131,13 @@ def test_what_stops_a_run_is_said(
         ("on-policy", "1.5", "between 0 and 1"),
         ("rollouts", "-1", "0 or"),
         ("rollout-greedy", "-0.5", "0 to 1"),
+        ("leave-loops", "-1.0", "0 or"),
     ):
         assert main([*command, f"--{flag}", value, *out]) == 2
         said = capsys.readouterr().err
         assert f"--{flag} {value}: expected" in said and allowed in said
-    assert main([*command, "--leave-loops", "--divergence", "reverse", *out]) == 2
-    assert "--leave-loops with --divergence reverse" in capsys.readouterr().err
+    assert main([*command, "--leave-loops", "2", "--divergence", "reverse", *out]) == 2
+    assert "--leave-loops 2.0 with --divergence reverse" in capsys.readouterr().err
     gone = SimpleNamespace(returncode=1)
     monkeypatch.setattr(module.subprocess, "run", lambda *command, **how: gone)
     assert main([*command, *out]) == 2
