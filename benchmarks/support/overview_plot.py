@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,19 @@ def draw(shown: list[Point], path: Path) -> None:
     left.legend(
         handles=_legend(), loc="upper left", bbox_to_anchor=(0.02, 1), frameon=False, fontsize=9.5
     )
-    figure.savefig(path, dpi=150, metadata={"Description": digest(shown)})
+    _save(figure, path, digest(shown))
+
+
+def _save(figure: Any, path: Path, description: str) -> None:
+    """Writes a PNG of 64 colours, a third of the size of one in full colour."""
+    from PIL import Image, PngImagePlugin
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150)
+    said = PngImagePlugin.PngInfo()
+    said.add_text("Description", description)
+    few = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    few.save(path, pnginfo=said, optimize=True)
 
 
 def _draw_rho(axes: Any, colour: str, shown: list[Point]) -> None:
