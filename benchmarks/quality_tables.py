@@ -189,9 +189,8 @@ def sections() -> list[str]:
     injection = fitted(rho=0.5, k=2, injection=None)
     drop = ("drop layers", _drop_layers)
     lines = ["### Adapters of this repository", ""]
-    lines += table(
-        last_of_each(finished()), [setting("adapter"), ("drop layers", _drops), *QUALITY, EXACT]
-    )
+    about = [setting("adapter"), ("drop layers", _drops), setting("windows")]
+    lines += table(last_of_each(finished()), [*about, *QUALITY, EXACT])
     if answered := chats():
         lines += ["", "### Answers to chat prompts, greedy", ""]
         lines += table(answered, [setting("adapter"), *CHAT])
