@@ -10,7 +10,7 @@ from typing import Any
 
 from support import record
 from support.load import picture as load_picture
-from support.quality_records import finished, fitted, last_of_each
+from support.quality_records import WINDOWS, finished, fitted, last_of_each
 from support.tables import machine_name
 
 Record = dict[str, Any]
@@ -94,8 +94,9 @@ def _latest(benchmark: str, **wanted: Any) -> Record:
 
 
 def _trained(adapter: str) -> Record:
-    names = {r["settings"]["adapter"].split("/")[-1]: r for r in last_of_each(finished())}
-    return names[adapter]
+    """Its last record on the windows of the fitted adapters beside it."""
+    found = last_of_each(finished(WINDOWS))
+    return {r["settings"]["adapter"].split("/")[-1]: r for r in found}[adapter]
 
 
 def points() -> list[Point]:

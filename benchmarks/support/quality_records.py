@@ -10,9 +10,11 @@ from support import record
 
 Record = dict[str, Any]
 
+WINDOWS = 16  # of the text, in every figure that stands beside another adapter's
+
 # the settings of a fitted adapter unless a table varies them
 PLAIN = {"layers": "contiguous", "rank": 16, "reuse": "update", "kv": "skip"}
-PLAIN |= {"injection": "block", "tokens": 8192}
+PLAIN |= {"injection": "block", "tokens": 8192, "windows": WINDOWS}
 
 
 def fitted(**wanted: Any) -> list[Record]:
@@ -46,9 +48,14 @@ def _closed_form(wanted: dict[str, Any]) -> list[Record]:
     ]
 
 
-def finished() -> list[Record]:
-    """Newest records of adapters that were measured as they lie in `adapters/`."""
-    return [r for r in record.newest("quality") if "adapter" in r["settings"]]
+def finished(windows: int | None = None) -> list[Record]:
+    """Newest records of adapters that were measured as they lie in `adapters/`.
+
+    Args:
+        windows: only those on as many windows of the text; None: all
+    """
+    found = [r for r in record.newest("quality") if "adapter" in r["settings"]]
+    return [r for r in found if windows in (None, r["settings"]["windows"])]
 
 
 def adapter_name(folder: Path) -> str:
