@@ -149,21 +149,28 @@ def _measured(benchmark: str, r: Record, **wanted: Any) -> dict[str, Any]:
 def _questions(records: Sequence[Record]) -> list[str]:
     """Accuracy by task, and the mean loss over all tasks, for each adapter that was asked."""
     names = ("adapter", "task", "questions", "scored at LoRA steps", "accuracy", "base")
-    lines = ["| " + " | ".join((*names, "loss, points", "p")) + " |", "|" + " --- |" * 8]
+    names += ("loss, points", "p", "KL to base")
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for r in records:
         name, tasks = r["settings"]["adapter"], r["metrics"]["tasks"]
         marks = [Comparison(**task["accuracy"]) for task in tasks]
         lines += [
             f"| {name} | {task['task']} | {task['examples']} | {task['lora_share']:.0%} "
             f"| {m.share:.1%} | {m.base:.1%} "
-            f"| {100 * m.loss:.1f} ± {100 * m.loss_se:.1f} | {m.p_value:.2g} |"
+            f"| {100 * m.loss:.1f} ± {100 * m.loss_se:.1f} | {m.p_value:.2g} "
+            f"| {_kl(task)} |"
             for task, m in zip(tasks, marks)
         ]
         mean = MeanLoss.of(marks)
         interval = f"{100 * mean.low:.1f} to {100 * mean.high:.1f}"
         mean_loss = f"{100 * mean.loss:.1f} ({interval})"
-        lines.append(f"| {name} | mean of {mean.tasks} | | | | | {mean_loss} | |")
+        lines.append(f"| {name} | mean of {mean.tasks} | | | | | {mean_loss} | | |")
     return lines
+
+
+def _kl(task: dict[str, Any]) -> str:
+    """The KL of a task; older records have none."""
+    return f"{task['kl']:.3f}" if "kl" in task else "–"
 
 
 def _answers(records: Sequence[Record]) -> list[str]:

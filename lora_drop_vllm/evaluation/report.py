@@ -128,7 +128,7 @@ class EvaluateResult:
 def _task_lines(task: TaskResult) -> list[str]:
     lines = [
         f"{task.task}: {task.examples} questions, {task.skipped} skipped, "
-        f"{task.lora_share:.0%} of the scored tokens predicted by LoRA steps",
+        f"{task.lora_share:.0%} of the scored tokens predicted by LoRA steps, KL {task.kl:.3f}",
         _measure("accuracy", task.accuracy),
     ]
     if task.accuracy_per_byte:

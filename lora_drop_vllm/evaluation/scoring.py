@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora_drop_vllm.decode.decoder import TOKENS_AT_ONCE, ForcedDecoder
+from lora_drop_vllm.decode.divergence import kl_divergence
 from lora_drop_vllm.decode.positions import Schedule, rows, take
 from lora_drop_vllm.evaluation.significance import Comparison
 from lora_drop_vllm.evaluation.tasks import Example, Task
@@ -26,6 +27,7 @@ class TaskResult:
         skipped: questions left out: unreadable, or too long for the model
         lora_share: share of the scored tokens that LoRA steps predict; the prompt predicts the
             first token of a continuation
+        kl: mean KL(base || LoRA-Drop) over the scored tokens, in nats
         accuracy: by the continuation's log-probability; for a task without choices, by whether
             greedy decoding would produce the continuation
         accuracy_per_byte: by log-probability per byte; None for a task without choices
@@ -35,6 +37,7 @@ class TaskResult:
     examples: int
     skipped: int
     lora_share: float
+    kl: float
     accuracy: Comparison
     accuracy_per_byte: Comparison | None
 
@@ -75,6 +78,7 @@ def run_task(decoder: ForcedDecoder, tokenizer: Any, task: Task) -> TaskResult:
         examples=len(used),
         skipped=task.skipped + len(task.examples) - len(used),
         lora_share=float(scores[:, 4].sum() / scores[:, 5].sum()),
+        kl=float(scores[:, 6].sum() / scores[:, 5].sum()),
         accuracy=accuracy,
         accuracy_per_byte=per_byte,
     )
@@ -95,13 +99,14 @@ def score(
     *,
     base: bool = True,
 ) -> Tensor:
-    """Scores [C, 6] of C candidates, in their order; without `base` [C, 4].
+    """Scores [C, 7] of C candidates, in their order; without `base` [C, 4].
 
     Columns: log-probability of the continuation under LoRA-Drop and under the base model; whether
     each would decode it greedily (1 or 0); number of its tokens that LoRA steps predict; number of
-    its tokens. Without `base` the columns of the base model are missing.
+    its tokens; KL(base || LoRA-Drop), summed over them. Without `base` its columns and the last
+    are missing.
     """
-    scores = torch.zeros(len(candidates), 6 if base else 4, dtype=torch.float64)
+    scores = torch.zeros(len(candidates), 7 if base else 4, dtype=torch.float64)
     with tqdm(total=len(candidates), desc=name) as progress:
         for chosen in _batches(candidates):
             scores[chosen] = _score_batch(decoder, [candidates[n] for n in chosen], k, base)
@@ -136,12 +141,11 @@ def _score_batch(decoder: ForcedDecoder, batch: list[Candidate], k: int, base: b
         streams = decoder.hidden_and_base(tokens, schedule)
     else:
         streams = (decoder.hidden(tokens, schedule),)
-    said, missed = [], []
-    for hidden in streams:
-        log_p = decoder.logits(take(hidden, at)).float().log_softmax(-1)
-        said.append(log_p.gather(1, targets[:, None])[:, 0])
-        missed.append(log_p.argmax(-1) != targets)
+    log_p = [decoder.logits(take(hidden, at)).float().log_softmax(-1) for hidden in streams]
+    said = [p.gather(1, targets[:, None])[:, 0] for p in log_p]
+    missed = [p.argmax(-1) != targets for p in log_p]
     columns = [*said, *missed, schedule.lora.flatten()[at], torch.ones_like(at)]
+    columns += [kl_divergence(*log_p)] if base else []
     table = torch.stack([column.double() for column in columns], dim=1)
     scores = table.new_zeros(len(batch), table.shape[1]).index_add(0, owner, table)
     greedy = scores[:, len(said) : 2 * len(said)]

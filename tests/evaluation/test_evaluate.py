@@ -118,6 +118,8 @@ def test_a_cloze_answer_is_what_decoding_says(pair: Any) -> None:
     for row, oracle in enumerate(oracles):
         assert float(scores[row, 0]) == pytest.approx(sum(oracle.logprobs), abs=1e-3)
     assert scores[:, 4].tolist() == [4, 4, 4] and scores[:, 5].tolist() == [6, 6, 6]
+    window = perplexity(decoder, torch.tensor([candidates[0].tokens]), 5, K)["all"]
+    assert float(scores[0, 6]) == pytest.approx(window.kl * window.tokens, rel=1e-3)
 
 
 def test_mcnemar_is_the_exact_test() -> None:
@@ -238,6 +240,7 @@ def test_the_command_reports_text_and_tasks(
     choices, cloze = report["tasks"]
     assert choices["accuracy_per_byte"]["p_value"] <= 1 and cloze["accuracy_per_byte"] is None
     assert cloze["accuracy"]["base"] in (0, 1) and cloze["lora_share"] == pytest.approx(3 / 5)
+    assert choices["kl"] > 0 and f"KL {choices['kl']:.3f}" in printed
     for wrong, message in (
         ([], "nothing to evaluate on"),
         (["--tasks", "none", "--data", str(tmp_path)], "none.jsonl: cannot be read"),
