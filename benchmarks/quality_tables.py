@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from support import record
+from support.accuracy_figures import accuracy_table, draw_accuracy, points
 from support.quality_plots import draw, draw_kl_over_kv, draw_saving
 from support.quality_records import (
     WINDOWS,
@@ -29,6 +30,7 @@ PAGE = DOCS / "quality.md"
 BEGIN, END = "<!-- rendered by benchmarks/quality_tables.py -->", "<!-- end -->"
 NUM_LAYERS = 30  # of the 135M model
 MORE_WINDOWS = 64  # on which some adapters were measured again
+LOSSES = (0.0125, 0.025)  # of accuracy, whose KL is shown
 
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str]]
@@ -173,6 +175,16 @@ def _kl(task: dict[str, Any]) -> str:
     return f"{task['kl']:.3f}" if "kl" in task else "–"
 
 
+def _accuracy_over_kl() -> list[str]:
+    """Points, lines and figure; nothing without records."""
+    found = points(last_of_each(record.newest("accuracy_over_kl")))
+    if not found:
+        return []
+    draw_accuracy(found, DOCS / "quality_accuracy.png")
+    lines = ["", "### Accuracy over KL", "", *accuracy_table(found, LOSSES)]
+    return [*lines, "", "![questions that change sides over √KL](quality_accuracy.png)"]
+
+
 def _answers(records: Sequence[Record]) -> list[str]:
     """Scores of freely decoded answers, by task and measure."""
     names = ("adapter", "task", "questions", "LoRA steps", "cut off (base)", "measure", "right")
@@ -216,6 +228,7 @@ def sections() -> list[str]:
         lines += table(origins, [setting("adapter"), *ORIGIN])
     lines += ["", "### Questions answered under the schedule", ""]
     lines += _questions(last_of_each(asked))
+    lines += _accuracy_over_kl()
     lines += ["", "### Answers of the served model, greedy", ""]
     lines += _answers(record.newest("answers"))
     lines += ["", "### ρ and k (the paper's Table III)", ""]

@@ -206,7 +206,7 @@ def test_a_soak_breaks_the_bounds_it_should(change: dict[str, Any], wanted: list
 
 
 def test_the_page_on_quality_says_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw", "draw_saving", "draw_kl_over_kv"):
+    for name in ("draw", "draw_saving", "draw_kl_over_kv", "draw_accuracy"):
         monkeypatch.setattr(quality_tables, name, lambda *_: None)
     assert quality_tables.PAGE.read_text() == quality_tables.rendered_page()
 
