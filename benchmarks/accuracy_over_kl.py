@@ -1,7 +1,7 @@
 """How much accuracy does a KL cost? Questions that change sides, over the KL on their choices.
 
 Adapters answer the questions that the base model answers. Under `kv: skip` so does the base model
-with exact LoRA steps, where only the holes in the KV are left: a KL that no correction takes away.
+with exact LoRA steps, where only the holes in the KV are left.
 
     python benchmarks/accuracy_over_kl.py MODEL --adapter adapters/smollm2-135m-instruct/rho* \
         --tasks piqa.jsonl arc_easy.jsonl --limit 1000
@@ -38,7 +38,9 @@ def main() -> None:
         for steps, decoder in decoders(model, folder):
             found[steps] = [asdict(run_task(decoder, tokenizer, task)) for task in tasks]
             for task in found[steps]:
-                print(folder.name, steps, task["task"], f"KL {task['kl']:.3f}", task["accuracy"])
+                marks, kl = task["accuracy"], f"KL {task['kl']:.3f}"
+                accuracy = f"accuracy {marks['share']:.3f} (base {marks['base']:.3f})"
+                print(folder.name, steps, task["task"], kl, accuracy, flush=True)
         about = {"model": model_name(given.model), "adapter": adapter_name(folder)}
         record.write("accuracy_over_kl", about | {"limit": given.limit}, found)
 
