@@ -28,6 +28,7 @@ from lora_drop_vllm.evaluation.divergence import perplexity
 from lora_drop_vllm.evaluation.evaluate import PROMPT, WINDOW
 from lora_drop_vllm.method.adapter import AdapterConfig, load_tensors, read_config
 from support import record
+from support.quality_records import WINDOWS
 from support.serve_blocks import Prompts, measure
 from support.serve_figures import Block
 from support.servers import Subject, lora_drop_flags, server
@@ -36,7 +37,6 @@ from support.variants import Variant, started
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
 DRAFTS = "spec_decode_num_drafts_total"
-WINDOWS = 16  # of the text; quality is measured on them
 FLEXIDEPTH = {
     "what": "FlexiDepth",
     "why_not": "needs a trained router, whose weights are not available for this model",
