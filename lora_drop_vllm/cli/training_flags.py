@@ -46,7 +46,10 @@ def generate_flags(parser: ArgumentParser) -> None:
         ("temperature", "temperature of the other replies"),
     ):
         flag(parser, Generation, name, meaning)
-    prompts = "prompts to answer: lines of text, or .jsonl with a `prompt` or `messages` each"
+    prompts = (
+        "prompts to answer: lines of text, or .jsonl with a `prompt` or `messages` each, or with a "
+        "`text` to continue as it stands, up to one of the strings in `stop`"
+    )
     flag(parser, generate, "prompts", prompts, type=Path)
     flag(
         parser,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class Conversations:
     """Conversations by attempt: sampled or given user turns, and the replies to them.
 
     Args:
-        asked: conversations to answer, one per attempt; None samples the user's turns
+        asked: conversations to answer, by attempt; None samples the user's turns
         student: the engine serves an adapter, whose loops are kept: training can cure them
 
     Attributes:
@@ -96,13 +96,13 @@ class Conversations:
         self,
         tokenizer: Any,
         settings: Generation,
-        asked: Sequence[list[Message]] | None,
+        asked: Mapping[int, list[Message]] | None,
         student: bool = False,
     ) -> None:
         self._turns, self._settings = Turns(tokenizer, loops=student), settings
         self._asked = asked
         self.context = settings.turns * (USER_TOKENS + settings.max_tokens) + SPARE
-        for messages in asked or ():
+        for messages in (asked or {}).values():
             needed = len(self._turns.reply_prompt(messages)) + settings.max_tokens
             self.context = max(self.context, needed)
 

@@ -2,8 +2,9 @@
 
 A chat model writes conversations. It samples a user's turn after the empty user header of its own
 chat template, then answers it (the idea of Magpie, arXiv 2406.08464), or it answers prompts from a
-file. A model without a template continues openings. An attempt depends only on the seed and its
-number. Each finished batch is appended, so a killed run resumes after its last batch.
+file, which may also hold plain prompts to continue. A model without a template continues openings.
+An attempt depends only on the seed and its number. Each finished batch is appended, so a killed run
+resumes after its last batch.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from lora_drop_vllm.decode.pretrained import context_length, model_digest, model_name
 from lora_drop_vllm.engine.offline_generation import start_engine
+from lora_drop_vllm.generation.completions import Completions, Plain
 from lora_drop_vllm.generation.continuations import Continuations
 from lora_drop_vllm.generation.conversations import (
     USER_TURNS,
@@ -37,6 +39,8 @@ from lora_drop_vllm.generation.turns import Message
 from lora_drop_vllm.hub import adapter_folder
 from lora_drop_vllm.method.adapter import CONFIG_FILE, TENSOR_FILE, load_tensors, read_config
 
+T = TypeVar("T")
+Prompt = Plain | list[Message]
 COUNT = 300  # documents by default, about a hundred thousand tokens
 ADAPTER_FILES = (CONFIG_FILE, TENSOR_FILE)
 BARREN = 256  # unusable attempts in a row after which the run fails
@@ -63,7 +67,7 @@ def generate(
         settings: what decides the text
         count: documents to have (300); with `prompts` no more than these, all of them by default
         batch: documents at a time; also what a kill can cost
-        prompts: conversations to answer, in place of sampled ones
+        prompts: conversations to answer and plain prompts to continue, in place of sampled ones
         openings: texts whose beginnings a model without a chat template continues
         exclude: files of conversations; their user turns must not occur again
         adapter: folder or name; answer as the model served with it does, loops included
@@ -77,7 +81,7 @@ def generate(
 
     settings.check()
     folder = _checked(adapter)
-    asked = read_prompts(prompts) if prompts else None
+    asked = _read(prompts, "--prompts", _prompt) if prompts else None
     most = len(asked) if asked else None
     count = COUNT if count is None and most is None else count
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -131,14 +135,24 @@ def _digest(content: bytes) -> str:
 def _writer(
     tokenizer: Any,
     settings: Generation,
-    asked: Sequence[list[Message]] | None,
+    asked: Sequence[Prompt] | None,
     openings: Sequence[str],
     student: bool,
-) -> Conversations | Continuations:
+) -> Conversations | Completions | Continuations:
+    chats = {n: prompt for n, prompt in enumerate(asked or ()) if not isinstance(prompt, Plain)}
+    plain = asked is not None and len(chats) < len(asked)
+    chat = None
     if getattr(tokenizer, "chat_template", None):
-        return Conversations(tokenizer, settings, asked, student)
-    texts = [messages[-1]["content"] for messages in asked or ()]
-    return Continuations(tokenizer, settings, texts or openings, student)
+        chat = Conversations(tokenizer, settings, None if asked is None else chats, student)
+    elif plain and chats:
+        raise ValueError(
+            "--prompts: `prompt` and `messages` need a chat template, and the model's tokenizer "
+            "has none; write each as a `text`"
+        )
+    if asked is not None and plain:
+        return Completions(tokenizer, settings, asked, chat, student)
+    texts = [messages[-1]["content"] for messages in chats.values()]
+    return chat or Continuations(tokenizer, settings, texts or openings, student)
 
 
 def _done(file: GeneratedFile, count: int | None, most: int | None) -> bool:
@@ -192,12 +206,20 @@ def read_prompts(path: Path, flag: str = "--prompts") -> list[list[Message]]:
     Raises:
         ValueError: the file cannot be read, or a line is not a prompt.
     """
-    found: list[list[Message]] = []
+    return _read(path, flag, _chat)
+
+
+def _read(path: Path, flag: str, of_line: Callable[[dict[str, Any]], T]) -> list[T]:
+    found: list[T] = []
     try:
-        lines = path.read_text().splitlines()
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
             if line.strip():
-                found.append(_prompt(line, path.suffix == ".jsonl", number))
+                jsonl = path.suffix == ".jsonl"
+                raw = json.loads(line) if jsonl else {"prompt": line.strip()}
+                try:
+                    found.append(of_line(raw if isinstance(raw, dict) else {}))
+                except ValueError as error:
+                    raise ValueError(f"line {number} has {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{flag} {path}: cannot be used ({error})") from error
     if not found:
@@ -205,15 +227,20 @@ def read_prompts(path: Path, flag: str = "--prompts") -> list[list[Message]]:
     return found
 
 
-def _prompt(line: str, jsonl: bool, number: int) -> list[Message]:
-    if not jsonl:
-        return [{"role": "user", "content": line.strip()}]
-    raw = json.loads(line)
-    if isinstance(raw, dict) and isinstance(raw.get("prompt"), str):
+def _prompt(raw: dict[str, Any]) -> Prompt:
+    if isinstance(raw.get("text"), str):
+        return Plain.of(raw)
+    if not {"prompt", "messages"} & raw.keys():
+        raise ValueError("neither a `text` nor a `prompt` nor `messages`")
+    return _chat(raw)
+
+
+def _chat(raw: dict[str, Any]) -> list[Message]:
+    if isinstance(raw.get("prompt"), str):
         return [{"role": "user", "content": raw["prompt"]}]
-    messages: list[Message] = list(raw.get("messages", ())) if isinstance(raw, dict) else []
+    messages: list[Message] = list(raw.get("messages", ()))
     while messages and messages[-1]["role"] != "user":
         messages.pop()
     if not messages:
-        raise ValueError(f"line {number} has neither a `prompt` nor `messages` with a user's turn")
+        raise ValueError("neither a `prompt` nor `messages` with a user's turn")
     return messages

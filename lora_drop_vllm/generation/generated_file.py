@@ -158,8 +158,10 @@ def user_turns(record: dict[str, Any]) -> list[str]:
 
 
 def key(record: dict[str, Any]) -> str:
-    """What tells a document from others: its first user turn, or the whole text."""
-    return user_turns(record)[0] if "messages" in record else normalized(record["text"])
+    """What tells a document from others: its first user turn, its prompt, or the whole text."""
+    if "messages" in record:
+        return user_turns(record)[0]
+    return normalized(record["prompt" if "prompt" in record else "text"])
 
 
 def read_user_turns(path: Path) -> Iterator[str]:

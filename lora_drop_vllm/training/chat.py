@@ -1,7 +1,8 @@
 """Conversations to fit and train on: each assistant reply, after the prompt that it answers.
 
 The tokenizer's chat template renders both, as on a server. The prompt ends where the reply begins.
-The schedule is therefore the served one, and the losses count the generated tokens only.
+The schedule is therefore the served one, and the losses count the generated tokens only. Plain
+prompts and their completions are used likewise, without a template.
 """
 
 from __future__ import annotations
@@ -52,6 +53,34 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class Completed:
+    """A plain prompt and its completion; `cut` says that the completion has no end to learn.
+
+    Attributes:
+        stop: strings that end an answer to this prompt; rollouts use them
+    """
+
+    prompt: str
+    completion: str
+    cut: bool = False
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> Completed:
+        """The fields `prompt` and `completion`, and `cut` and `stop` if they are there.
+
+        Raises:
+            KeyError: they hold no prompt with a completion.
+        """
+        prompt, completion, stop = raw["prompt"], raw["completion"], raw.get("stop", [])
+        if not all(isinstance(text, str) and text.strip() for text in (prompt, completion)):
+            raise KeyError("completion")
+        if not isinstance(stop, list) or not all(isinstance(end, str) and end for end in stop):
+            raise KeyError("stop")
+        return cls(prompt, completion, bool(raw.get("cut")), tuple(stop))
+
+
+@dataclass(frozen=True)
 class Reply:
     """Tokens of a prompt and a reply, and the number of prompt tokens."""
 
@@ -60,9 +89,11 @@ class Reply:
 
 
 def render(
-    documents: Sequence[str | Conversation], tokenizer: Any, length: int
+    documents: Sequence[str | Conversation | Completed], tokenizer: Any, length: int
 ) -> tuple[list[str | Reply], list[str]]:
     """The documents, with each conversation replaced by its replies, and why others were left out.
+
+    A completion becomes a reply to its prompt.
 
     Args:
         length: tokens at most; a longer reply loses its end
@@ -83,17 +114,42 @@ def render(
             if isinstance(document, str):
                 found.append(document)
                 continue
+            if isinstance(document, Completed):
+                _add(found, reasons, *_completion(document, tokenizer), length)
+                continue
             for number in document.replies():
                 try:
-                    found.append(_reply(document.messages[: number + 1], tokenizer, length))
+                    tokens, prompt = _reply(document.messages[: number + 1], tokenizer)
                 except ValueError as error:
                     reasons.append(str(error))
+                else:
+                    _add(found, reasons, tokens, prompt, length)
             progress.update()
     return found, reasons
 
 
-def _reply(messages: list[dict[str, Any]], tokenizer: Any, length: int) -> Reply:
-    """The last message as a reply to the messages before it.
+def _add(
+    found: list[str | Reply], reasons: list[str], tokens: list[int], prompt: int, length: int
+) -> None:
+    """Adds a reply of up to `length` tokens, or the reason that there is none."""
+    if min(len(tokens), length) - prompt < LEAST:
+        reasons.append(
+            f"a prompt of {prompt} tokens leaves no room for a reply in --length {length}"
+        )
+    else:
+        found.append(Reply(array("i", tokens[:length]), prompt))
+
+
+def _completion(document: Completed, tokenizer: Any) -> tuple[list[int], int]:
+    """Tokens of a prompt and its completion, and the number of prompt tokens, as on a server."""
+    prompt = tokenizer(document.prompt).input_ids
+    tokens = tokenizer(document.completion, add_special_tokens=False).input_ids
+    end = [] if document.cut else [tokenizer.eos_token_id]
+    return prompt + tokens + end, len(prompt)
+
+
+def _reply(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], int]:
+    """Tokens of messages, the last one a reply, and the number of tokens before it.
 
     Raises:
         ValueError: the reply cannot be used.
@@ -116,9 +172,4 @@ def _reply(messages: list[dict[str, Any]], tokenizer: Any, length: int) -> Reply
     if tokenizer.eos_token_id in tokens[len(first) :]:
         behind = tokens[::-1].index(tokenizer.eos_token_id)  # the template's own tokens after it
         tokens = tokens[: len(tokens) - behind]
-    tokens = tokens[:length]
-    if len(tokens) - len(first) < LEAST:
-        raise ValueError(
-            f"a prompt of {len(first)} tokens leaves no room for a reply in --length {length}"
-        )
-    return Reply(array("i", tokens), len(first))
+    return tokens, len(first)

@@ -1,10 +1,10 @@
 """Text to fit and train on: documents from files, and from datasets by name.
 
 A plain text file is one document. Each line of a `.jsonl` file is one: a text in the field `text`,
-or a conversation in the field `messages`. Both kinds of file may be gzipped (`.gz`). Rows of a
-dataset have the same fields. The optional field `source` names the document's origin. Unusable
-lines are skipped and counted. The source `self` is text that the model itself wrote. A number after
-a source, as in `books.txt:0.3`, is its share of the tokens.
+a conversation in the field `messages`, or a plain `prompt` with its `completion`. Both kinds of
+file may be gzipped (`.gz`). Rows of a dataset have the same fields. The optional field `source`
+names the document's origin. Unusable lines are skipped and counted. The source `self` is text that
+the model itself wrote. A number after a source, as in `books.txt:0.3`, is its share of the tokens.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_drop_vllm.training.chat import Conversation, Reply, render
+from lora_drop_vllm.training.chat import Completed, Conversation, Reply, render
 from lora_drop_vllm.training.self_corpus import SELF, self_corpus
 
 DATASET = "datasets:"  # prefix of a dataset's name
 FIELDS = (
     "a text in its field `text`, nor with a list of messages, each a role and a content, and one a "
-    "reply of the assistant, in `messages`"
+    "reply of the assistant, in `messages`, nor with a `prompt` and a `completion`"
 )
+
+
+Document = str | Conversation | Completed
 
 
 class Text(str):
@@ -44,7 +47,7 @@ class Corpus:
         parts: the sources with their shares of the tokens, if shares are given
     """
 
-    documents: Sequence[str | Conversation | Reply]
+    documents: Sequence[Document | Reply]
     skipped: int
     origin: Sequence[tuple[str, int]] = field(default=(), compare=False)
     parts: Sequence[tuple[float, Corpus]] = field(default=(), compare=False)
@@ -148,7 +151,7 @@ def _read(source: str, model: str | None) -> Corpus:
     return Corpus(found, len(reasons), [origin])
 
 
-def _read_file(path: Path) -> tuple[list[str | Conversation], list[str]]:
+def _read_file(path: Path) -> tuple[list[Document], list[str]]:
     """Documents of a file, and why its other lines were skipped."""
     jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
     texts: list[Any] = []
@@ -207,11 +210,13 @@ def _lines(path: Path) -> Iterator[bytes]:
         yield from file
 
 
-def _document(raw: Any) -> str | Conversation:
+def _document(raw: Any) -> Document:
     if not isinstance(raw, dict):
         raise KeyError("text")
     if isinstance(raw.get("text"), str):
         text = Text(raw["text"])
         text.source = str(raw.get("source", ""))
         return text
+    if "completion" in raw:
+        return Completed.of(raw)
     return Conversation.of(raw.get("messages"))

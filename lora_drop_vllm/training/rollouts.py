@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_drop_vllm.method.adapter import AdapterConfig, save_adapter
-from lora_drop_vllm.training.chat import Conversation
+from lora_drop_vllm.training.chat import Completed, Conversation
 from lora_drop_vllm.training.corpus import Corpus, mixture, read_corpus
 from lora_drop_vllm.training.gradient import Plan
 from lora_drop_vllm.training.mixture import MixedPosition, MixedRows
@@ -36,8 +36,8 @@ class Rollouts:
 
     Args:
         model: folder, or a name in the local Hugging Face cache
-        corpus: the corpus with its conversations, which give the prompts; a model without a chat
-            template continues its texts
+        corpus: the corpus with its conversations and completions, which give the prompts; a model
+            without a chat template continues its texts
         out: the run's folder
 
     Raises:
@@ -122,5 +122,7 @@ def _prompts(documents: Sequence[Any], chat: bool) -> Iterator[dict[str, Any]]:
             for number in document.replies():
                 if document.messages[number - 1]["role"] == "user":
                     yield {"messages": document.messages[:number]}
+        elif isinstance(document, Completed):
+            yield {"text": document.prompt, "stop": document.stop}
         elif not chat and isinstance(document, str):
             yield {"prompt": document[:OPENING]}

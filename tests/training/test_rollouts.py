@@ -101,6 +101,23 @@ def test_every_round_trains_on_new_answers_of_the_adapter(
     assert answers_in(rows, decode) == pytest.approx(0.25, abs=0.09)
 
 
+def test_plain_prompts_are_completed_up_to_their_stop_strings(
+    command: list[str], asked: Any, tmp_path: Path
+) -> None:
+    shots = [
+        {"prompt": f"Q: {n}\nA:", "completion": f" {n}\n\nQ:", "stop": ["Q:"], "cut": True}
+        for n in range(12)
+    ]
+    (tmp_path / "shots.jsonl").write_text("".join(json.dumps(x) + "\n" for x in shots))
+    more = ["--corpus", str(tmp_path / "shots.jsonl")]
+    assert main([*command[:2], *more, *command[4:], "--out", str(tmp_path / "run")]) == 0
+    prompts = [prompt for _, prompts in asked for prompt in prompts]
+    assert len(prompts) == 18 and all(prompt["stop"] == ["Q:"] for prompt in prompts)
+    assert {prompt["text"] for prompt in prompts} <= {shot["prompt"] for shot in shots}
+    first = (tmp_path / "run" / module.FOLDER / "0.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["completion"].startswith("Number ") for line in first)
+
+
 @pytest.mark.parametrize("step", [5, 7])
 def test_a_killed_run_ends_alike(
     command: list[str], asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int

@@ -1,0 +1,106 @@
+"""Completions of plain prompts, which a model continues as they stand, as at `/v1/completions`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_drop_vllm.engine.offline_generation import Generator
+from lora_drop_vllm.generation.conversations import Conversations, Generation
+from lora_drop_vllm.generation.turns import Message, loops
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A prompt without a chat template, and the strings that end its completion."""
+
+    text: str
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> Plain:
+        """The prompt in the fields `text` and `stop`; the latter may be missing.
+
+        Raises:
+            ValueError: `text` is empty, or `stop` is no list of strings.
+        """
+        stop = raw.get("stop", [])
+        if not isinstance(stop, list) or not all(isinstance(end, str) and end for end in stop):
+            raise ValueError(f"stop {stop!r}: expected a list of strings")
+        if not raw["text"].strip():
+            raise ValueError("an empty `text`")
+        return cls(raw["text"], tuple(stop))
+
+
+class Completions:
+    """Completions of the plain prompts of a file; `chat` replies to its conversations.
+
+    Args:
+        asked: one prompt per attempt
+        chat: None if all prompts are plain
+        student: as for `Conversations`
+
+    Attributes:
+        context: tokens of the longest prompt and its completion, at most
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        settings: Generation,
+        asked: Sequence[Plain | list[Message]],
+        chat: Conversations | None,
+        student: bool = False,
+    ) -> None:
+        self._tokenizer, self._settings, self._chat = tokenizer, settings, chat
+        self._asked, self._student = asked, student
+        plain = [prompt for prompt in asked if isinstance(prompt, Plain)]
+        longest = max((len(tokenizer(prompt.text).input_ids) for prompt in plain), default=0)
+        self.context = max(longest + settings.max_tokens, chat.context if chat else 0)
+
+    def write(
+        self,
+        numbers: Sequence[int],
+        engine: Generator,
+        context: int,
+        known: set[str],
+        excluded: set[str],
+        say: Callable[[str], Any],
+    ) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """As `Conversations.write`; a repeated prompt is asked again, as in a conversation."""
+        left_out: Counter[str] = Counter()
+        records: list[dict[str, Any]] = []
+        chats = [number for number in numbers if not isinstance(self._asked[number], Plain)]
+        if chats and self._chat:
+            records, left_out = self._chat.write(chats, engine, context, known, excluded, say)
+        say("completions")
+        plain = [number for number in numbers if number not in set(chats)]
+        records += self._complete(plain, engine, context, left_out)
+        return sorted(records, key=lambda record: record["number"]), left_out
+
+    def _complete(
+        self, numbers: Sequence[int], engine: Generator, context: int, left_out: Counter[str]
+    ) -> list[dict[str, Any]]:
+        requests, records = [], []
+        for number in numbers:
+            prompt = self._asked[number]
+            assert isinstance(prompt, Plain)
+            greedy = self._settings.random(number).random() < self._settings.greedy
+            tokens = self._tokenizer(prompt.text).input_ids
+            if len(tokens) + self._settings.max_tokens > context:
+                left_out["too long"] += 1
+                continue
+            record = {"prompt": prompt.text, "stop": list(prompt.stop), "number": number}
+            records.append(record | {"greedy": greedy})
+            requests.append(self._settings.request(tokens, greedy, number, stop_text=prompt.stop))
+        found = []
+        for record, answer in zip(records, engine(requests) if requests else ()):
+            text = self._tokenizer.decode(answer.tokens)  # with the string that ended it
+            if not text.strip() or (loops(answer) and not self._student):
+                left_out["repetition" if text.strip() else "too short"] += 1
+                continue
+            cut = answer.end != "stop" or any(end in text for end in record["stop"])
+            found.append(record | {"completion": text, "cut": cut, "tokens": len(answer.tokens)})
+        return found
