@@ -91,7 +91,8 @@ def evaluate_flags(parser: ArgumentParser) -> None:
         parser,
         evaluate,
         "chat",
-        "JSON lines of conversations (`messages`), whose replies are measured likewise",
+        "JSON lines of conversations (`messages`) or plain prompts (`prompt` and `completion`), "
+        "whose replies are measured likewise",
         type=Path,
     )
     flag(

@@ -275,7 +275,10 @@ def _on_chat(decoder: ForcedDecoder, tokenizer: Any, file: Path, limit: int | No
     found = read_corpus([file]).rendered(tokenizer, length).documents
     replies = [reply for reply in found if isinstance(reply, Reply)][:limit]
     if not replies:
-        raise ValueError(f"--chat {file}: no conversations; expected lines with `messages`")
+        raise ValueError(
+            f"--chat {file}: no replies; expected lines with `messages`, or with a "
+            "`prompt` and a `completion`"
+        )
     steps = on_sequences(decoder, [(r.tokens, r.prompt) for r in replies], decoder.adapter.config.k)
     return ChatResult(str(file), len(replies), steps)
 

@@ -85,7 +85,9 @@ def test_the_command_measures_chat_replies(
     config, _ = make_adapter(tmp_path / "adapter", model, drop_layers=DROP)
     write_card(tmp_path / "adapter", config)
     talk = [{"role": "user", "content": "How far is it?"}, {"role": "assistant", "content": "Far."}]
-    (tmp_path / "chat.jsonl").write_text(2 * (json.dumps({"messages": talk}) + "\n"))
+    plain = {"prompt": "Q: 1 + 1\nA: 2\n\nQ: 2 + 3\nA:", "completion": " 5\n\nQ:", "cut": True}
+    lines = [json.dumps({"messages": talk}), json.dumps(plain)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "text.jsonl").write_text('{"text": "no conversation at all"}\n')
     command = ["evaluate", str(model), "--adapter", str(tmp_path / "adapter"), "--chat"]
     report = tmp_path / "adapter" / FIGURES
@@ -95,7 +97,7 @@ def test_the_command_measures_chat_replies(
     steps = json.loads(report.read_text())["chat"]["steps"]
     assert steps["lora"]["tokens"] > steps["full"]["tokens"] > 0
     assert main([*command, str(tmp_path / "text.jsonl")]) == 2
-    assert "no conversations; expected lines with `messages`" in capsys.readouterr().err
+    assert "no replies; expected lines with `messages`, or with a" in capsys.readouterr().err
 
 
 def test_with_k_0_nothing_differs_from_the_base(pair: Any) -> None:
