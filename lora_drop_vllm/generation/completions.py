@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_drop_vllm.engine.offline_generation import Generator
+from lora_drop_vllm.generation.continuations import Continuations
 from lora_drop_vllm.generation.conversations import Conversations, Generation
 from lora_drop_vllm.generation.turns import Message, loops
 
@@ -35,11 +36,11 @@ class Plain:
 
 
 class Completions:
-    """Completions of the plain prompts of a file; `chat` replies to its conversations.
+    """Completions of the plain prompts of a file; `others` answers the other prompts.
 
     Args:
         asked: one prompt per attempt
-        chat: None if all prompts are plain
+        others: takes the same numbers of attempts
         student: as for `Conversations`
 
     Attributes:
@@ -51,14 +52,14 @@ class Completions:
         tokenizer: Any,
         settings: Generation,
         asked: Sequence[Plain | list[Message]],
-        chat: Conversations | None,
+        others: Conversations | Continuations,
         student: bool = False,
     ) -> None:
-        self._tokenizer, self._settings, self._chat = tokenizer, settings, chat
+        self._tokenizer, self._settings, self._others = tokenizer, settings, others
         self._asked, self._student = asked, student
         plain = [prompt for prompt in asked if isinstance(prompt, Plain)]
         longest = max((len(tokenizer(prompt.text).input_ids) for prompt in plain), default=0)
-        self.context = max(longest + settings.max_tokens, chat.context if chat else 0)
+        self.context = max(longest + settings.max_tokens, others.context)
 
     def write(
         self,
@@ -72,11 +73,10 @@ class Completions:
         """As `Conversations.write`; a repeated prompt is asked again, as in a conversation."""
         left_out: Counter[str] = Counter()
         records: list[dict[str, Any]] = []
-        chats = [number for number in numbers if not isinstance(self._asked[number], Plain)]
-        if chats and self._chat:
-            records, left_out = self._chat.write(chats, engine, context, known, excluded, say)
+        plain = [number for number in numbers if isinstance(self._asked[number], Plain)]
+        if other := [number for number in numbers if number not in set(plain)]:
+            records, left_out = self._others.write(other, engine, context, known, excluded, say)
         say("completions")
-        plain = [number for number in numbers if number not in set(chats)]
         records += self._complete(plain, engine, context, left_out)
         return sorted(records, key=lambda record: record["number"]), left_out
 

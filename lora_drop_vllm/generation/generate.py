@@ -139,20 +139,16 @@ def _writer(
     openings: Sequence[str],
     student: bool,
 ) -> Conversations | Completions | Continuations:
-    chats = {n: prompt for n, prompt in enumerate(asked or ()) if not isinstance(prompt, Plain)}
-    plain = asked is not None and len(chats) < len(asked)
-    chat = None
+    texts = [x.text if isinstance(x, Plain) else x[-1]["content"] for x in asked or ()]
+    others: Conversations | Continuations = Continuations(
+        tokenizer, settings, texts or openings, student
+    )
     if getattr(tokenizer, "chat_template", None):
-        chat = Conversations(tokenizer, settings, None if asked is None else chats, student)
-    elif plain and chats:
-        raise ValueError(
-            "--prompts: `prompt` and `messages` need a chat template, and the model's tokenizer "
-            "has none; write each as a `text`"
-        )
-    if asked is not None and plain:
-        return Completions(tokenizer, settings, asked, chat, student)
-    texts = [messages[-1]["content"] for messages in chats.values()]
-    return chat or Continuations(tokenizer, settings, texts or openings, student)
+        chats = {n: x for n, x in enumerate(asked or ()) if not isinstance(x, Plain)}
+        others = Conversations(tokenizer, settings, None if asked is None else chats, student)
+    if asked is not None and any(isinstance(prompt, Plain) for prompt in asked):
+        return Completions(tokenizer, settings, asked, others, student)
+    return others
 
 
 def _done(file: GeneratedFile, count: int | None, most: int | None) -> bool:

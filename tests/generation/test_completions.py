@@ -32,7 +32,7 @@ def prompts(folder: Path, *lines: object) -> Path:
 
 
 def said(request: Request) -> Completion:
-    return answer(" 5\n\nQ:" if request.stop_text else "Five, I think.")
+    return answer(" 5\n\nQ:" if request.stop_text else "Five, or so I think.")
 
 
 def test_a_text_is_completed_as_it_stands_and_a_prompt_is_a_users_turn(
@@ -45,7 +45,7 @@ def test_a_text_is_completed_as_it_stands_and_a_prompt_is_a_users_turn(
     generate(chat_model, out, GREEDY, prompts=path, start=engine.start)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["number"] for line in lines] == [0, 1, 2, 3]
-    assert lines[1]["messages"][1]["content"] == "Five, I think."
+    assert lines[1]["messages"][1]["content"] == "Five, or so I think."
     assert (lines[0]["prompt"], lines[0]["completion"]) == (SHOTS, " 5\n\nQ:")
     assert lines[0]["stop"] == PLAIN["stop"] and lines[0]["cut"] and not lines[2]["cut"]
     tokenizer = make_chat_tokenizer("qwen2")
@@ -69,7 +69,7 @@ def test_completions_are_replies_to_their_prompts_in_training(
         for r in found
     ]
     end = tokenizer.eos_token
-    assert parts == [(SHOTS, " 5\n\nQ:"), ("In 1905,", f"Five, I think.{end}")]
+    assert parts == [(SHOTS, " 5\n\nQ:"), ("In 1905,", f"Five, or so I think.{end}")]
     with pytest.raises(ValueError, match="a prompt of 26 tokens leaves no room for a reply"):
         read_corpus([out]).rendered(make_tokenizer(), 8)
 
@@ -93,9 +93,13 @@ def test_a_model_without_a_template_completes_plain_prompts_whole(
     generate(str(smooth_model), tmp_path / "a.jsonl", GREEDY, prompts=path, start=engine.start)
     lengths = [len(make_tokenizer()(text).input_ids) for text in (SHOTS, "far " * 100)]
     assert [len(request.tokens) for request in engine.asked] == lengths
-    path = prompts(tmp_path, PLAIN, {"prompt": "How far?"})
-    with pytest.raises(ValueError, match="need a chat template, and the model's tokenizer has non"):
-        generate(str(smooth_model), tmp_path / "b.jsonl", GREEDY, prompts=path, start=engine.start)
+    path = prompts(tmp_path, PLAIN, {"prompt": "How far?"}, PLAIN, {"prompt": "In 1905,"})
+    out = tmp_path / "b.jsonl"
+    generate(str(smooth_model), out, GREEDY, prompts=path, start=engine.start)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["number"] for line in lines] == [0, 1, 2, 3]
+    assert lines[1]["text"] == "How far?Five, or so I think."
+    assert lines[3]["text"] == "In 1905,Five, or so I think." and lines[2]["prompt"] == SHOTS
 
 
 @pytest.mark.parametrize(
