@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_drop_vllm.engine.offline_generation import Generator
 from lora_drop_vllm.generation.continuations import Continuations
-from lora_drop_vllm.generation.conversations import Conversations, Generation
-from lora_drop_vllm.generation.turns import Message, loops
+from lora_drop_vllm.generation.conversations import Conversations, Generation, Run
+from lora_drop_vllm.generation.turns import loops
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Completions:
     """Completions of the plain prompts of a file; `others` answers the other prompts.
 
     Args:
-        asked: one prompt per attempt
-        others: takes the same numbers of attempts
+        plain: the plain prompts, by attempt; at least one
+        others: takes the other attempts
         student: as for `Conversations`
 
     Attributes:
@@ -51,52 +50,46 @@ class Completions:
         self,
         tokenizer: Any,
         settings: Generation,
-        asked: Sequence[Plain | list[Message]],
+        plain: Mapping[int, Plain],
         others: Conversations | Continuations,
         student: bool = False,
     ) -> None:
         self._tokenizer, self._settings, self._others = tokenizer, settings, others
-        self._asked, self._student = asked, student
-        plain = [prompt for prompt in asked if isinstance(prompt, Plain)]
-        longest = max((len(tokenizer(prompt.text).input_ids) for prompt in plain), default=0)
+        self._plain, self._student = plain, student
+        longest = max(len(tokenizer(prompt.text).input_ids) for prompt in plain.values())
         self.context = max(longest + settings.max_tokens, others.context)
 
     def write(
         self,
         numbers: Sequence[int],
-        engine: Generator,
-        context: int,
-        known: set[str],
-        excluded: set[str],
-        say: Callable[[str], Any],
+        run: Run,
     ) -> tuple[list[dict[str, Any]], Counter[str]]:
         """As `Conversations.write`; a repeated prompt is asked again, as in a conversation."""
         left_out: Counter[str] = Counter()
         records: list[dict[str, Any]] = []
-        plain = [number for number in numbers if isinstance(self._asked[number], Plain)]
-        if other := [number for number in numbers if number not in set(plain)]:
-            records, left_out = self._others.write(other, engine, context, known, excluded, say)
-        say("completions")
-        records += self._complete(plain, engine, context, left_out)
+        if other := [number for number in numbers if number not in self._plain]:
+            records, left_out = self._others.write(other, run)
+        run.say("completions")
+        plain = [number for number in numbers if number in self._plain]
+        records += self._complete(plain, run, left_out)
         return sorted(records, key=lambda record: record["number"]), left_out
 
     def _complete(
-        self, numbers: Sequence[int], engine: Generator, context: int, left_out: Counter[str]
+        self, numbers: Sequence[int], run: Run, left_out: Counter[str]
     ) -> list[dict[str, Any]]:
         requests, records = [], []
         for number in numbers:
-            prompt = self._asked[number]
-            assert isinstance(prompt, Plain)
+            prompt = self._plain[number]
             greedy = self._settings.random(number).random() < self._settings.greedy
             tokens = self._tokenizer(prompt.text).input_ids
-            if len(tokens) + self._settings.max_tokens > context:
+            if len(tokens) + self._settings.max_tokens > run.context:
                 left_out["too long"] += 1
                 continue
             record = {"prompt": prompt.text, "stop": list(prompt.stop), "number": number}
             records.append(record | {"greedy": greedy})
             requests.append(self._settings.request(tokens, greedy, number, stop_text=prompt.stop))
         found = []
-        for record, answer in zip(records, engine(requests) if requests else ()):
+        for record, answer in zip(records, run.engine(requests) if requests else ()):
             text = self._tokenizer.decode(answer.tokens)  # with the string that ended it
             if not text.strip() or (loops(answer) and not self._student):
                 left_out["repetition" if text.strip() else "too short"] += 1

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from lora_drop_vllm.engine.offline_generation import Generator
-from lora_drop_vllm.generation.conversations import LEAST, Generation, distinct
+from lora_drop_vllm.generation.conversations import LEAST, Generation, Run, distinct
 from lora_drop_vllm.generation.turns import loops
 
 OPENING = 32  # tokens of an opening
@@ -38,11 +37,7 @@ class Continuations:
     def write(
         self,
         numbers: Sequence[int],
-        engine: Generator,
-        context: int,
-        known: set[str],
-        excluded: set[str],
-        say: Callable[[str], Any],
+        run: Run,
     ) -> tuple[list[dict[str, Any]], Counter[str]]:
         """Records of the usable attempts, and the numbers of texts left out, by reason."""
         prompts = [self._opening(number) for number in numbers]
@@ -54,9 +49,11 @@ class Continuations:
             self._settings.request(prompt, is_greedy, number)
             for prompt, is_greedy, number in zip(prompts, greedy, numbers)
         ]
-        say("continuations")
+        run.say("continuations")
         records, left_out = [], Counter[str]()
-        for number, prompt, is_greedy, answer in zip(numbers, prompts, greedy, engine(requests)):
+        for number, prompt, is_greedy, answer in zip(
+            numbers, prompts, greedy, run.engine(requests)
+        ):
             short = len(answer.tokens) < LEAST
             if short or (loops(answer) and not self._student):
                 left_out["too short" if short else "repetition"] += 1
@@ -64,7 +61,7 @@ class Continuations:
             text = self._tokenizer.decode(prompt, skip_special_tokens=True) + answer.text
             record = {"text": text, "number": number, "greedy": is_greedy}
             records.append(record | {"tokens": len(answer.tokens)})
-        return distinct(records, known, left_out), left_out
+        return distinct(records, run.known, left_out), left_out
 
     def _opening(self, number: int) -> list[int]:
         """Tokens to continue: those of an opening, or the token that begins a text."""

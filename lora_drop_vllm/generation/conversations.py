@@ -69,6 +69,24 @@ class Generation:
         return Request(tokens, self.max_tokens, seed, temperature, **stop)
 
 
+@dataclass(frozen=True)
+class Run:
+    """What the batches of a run share.
+
+    Attributes:
+        context: tokens of a prompt and its continuation
+        known: keys of earlier documents, which must not repeat
+        excluded: user turns that must not occur at all
+        say: receives the name of the turn in progress
+    """
+
+    engine: Generator
+    context: int
+    known: set[str]
+    excluded: set[str]
+    say: Callable[[str], Any]
+
+
 @dataclass
 class Talk:
     """A conversation in progress."""
@@ -109,25 +127,14 @@ class Conversations:
     def write(
         self,
         numbers: Sequence[int],
-        engine: Generator,
-        context: int,
-        known: set[str],
-        excluded: set[str],
-        say: Callable[[str], Any],
+        run: Run,
     ) -> tuple[list[dict[str, Any]], Counter[str]]:
-        """Records of the usable attempts, and the numbers of turns left out, by reason.
-
-        Args:
-            context: tokens of a prompt and its continuation
-            known: keys of earlier documents, which must not repeat
-            excluded: user turns that must not occur at all
-            say: receives the name of the turn in progress
-        """
+        """Records of the usable attempts, and the numbers of turns left out, by reason."""
         talks = [self._begin(number) for number in numbers]
         left_out: Counter[str] = Counter()
         for turn in range(max(talk.turns for talk in talks)):
             for role in ("user", "assistant"):
-                say(f"turn {turn + 1}, {role}")
+                run.say(f"turn {turn + 1}, {role}")
                 going = [
                     talk
                     for talk in talks
@@ -135,12 +142,12 @@ class Conversations:
                     and turn < talk.turns
                     and (role == "assistant" or not _waits_for_reply(talk.messages))
                 ]
-                self._add_turns(going, role, engine, context, left_out)
+                self._add_turns(going, role, run.engine, run.context, left_out)
                 if role == "user" and self._asked is None:
-                    _end_repetitions(going, known, excluded, left_out)
+                    _end_repetitions(going, run.known, run.excluded, left_out)
         records = [_record(talk) for talk in talks if talk.tokens]
         if self._asked is None:  # in this batch, repetitions are told only now
-            records = distinct(records, known, left_out)
+            records = distinct(records, run.known, left_out)
         return records, left_out
 
     def _begin(self, number: int) -> Talk:

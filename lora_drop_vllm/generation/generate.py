@@ -28,6 +28,7 @@ from lora_drop_vllm.generation.conversations import (
     USER_TURNS,
     Conversations,
     Generation,
+    Run,
 )
 from lora_drop_vllm.generation.generated_file import (
     Generated,
@@ -146,9 +147,8 @@ def _writer(
     if getattr(tokenizer, "chat_template", None):
         chats = {n: x for n, x in enumerate(asked or ()) if not isinstance(x, Plain)}
         others = Conversations(tokenizer, settings, None if asked is None else chats, student)
-    if asked is not None and any(isinstance(prompt, Plain) for prompt in asked):
-        return Completions(tokenizer, settings, asked, others, student)
-    return others
+    plain = {n: x for n, x in enumerate(asked or ()) if isinstance(x, Plain)}
+    return Completions(tokenizer, settings, plain, others, student) if plain else others
 
 
 def _done(file: GeneratedFile, count: int | None, most: int | None) -> bool:
@@ -169,14 +169,13 @@ def _run(
     barren = 0
     total = count if most is None else min(count or most, most)
     with tqdm(total=total, initial=file.documents, desc="Generating", unit="document") as progress:
+        run = Run(engine, context, file.known, excluded, progress.set_description)
         while not _done(file, count, most):
             size = batch if count is None else min(batch, 2 * (count - file.documents) + 8)
             last = min(file.attempts + size, most or file.attempts + size)
             numbers = range(file.attempts, last)
             began = time.monotonic()
-            records, left_out = writer.write(
-                numbers, engine, context, file.known, excluded, progress.set_description
-            )
+            records, left_out = writer.write(numbers, run)
             if count is not None and len(records) > count - file.documents:
                 records = records[: count - file.documents]
                 last = records[-1]["number"] + 1

@@ -144,7 +144,8 @@ def _completion(document: Completed, tokenizer: Any) -> tuple[list[int], int]:
     """Tokens of a prompt and its completion, and the number of prompt tokens, as on a server."""
     prompt = tokenizer(document.prompt).input_ids
     tokens = tokenizer(document.completion, add_special_tokens=False).input_ids
-    end = [] if document.cut else [tokenizer.eos_token_id]
+    ends = not document.cut and tokenizer.eos_token_id is not None
+    end = [tokenizer.eos_token_id] if ends else []
     return prompt + tokens + end, len(prompt)
 
 

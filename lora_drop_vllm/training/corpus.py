@@ -217,6 +217,6 @@ def _document(raw: Any) -> Document:
         text = Text(raw["text"])
         text.source = str(raw.get("source", ""))
         return text
-    if "completion" in raw:
+    if "completion" in raw and "messages" not in raw:
         return Completed.of(raw)
     return Conversation.of(raw.get("messages"))

@@ -13,6 +13,7 @@ from tiny import make_adapter, make_tokenizer
 from lora_drop_vllm.engine.offline_generation import Completion, Request
 from lora_drop_vllm.generation.conversations import Generation
 from lora_drop_vllm.generation.generate import generate
+from lora_drop_vllm.training.chat import Conversation
 from lora_drop_vllm.training.corpus import read_corpus
 
 GREEDY = Generation(greedy=1.0, max_tokens=64)
@@ -70,8 +71,17 @@ def test_completions_are_replies_to_their_prompts_in_training(
     ]
     end = tokenizer.eos_token
     assert parts == [(SHOTS, " 5\n\nQ:"), ("In 1905,", f"Five, or so I think.{end}")]
+    tokenizer.eos_token = None
+    _, endless = read_corpus([out]).rendered(tokenizer, 200).documents
+    assert tokenizer.decode(list(endless.tokens[endless.prompt :])) == "Five, or so I think."
     with pytest.raises(ValueError, match="a prompt of 26 tokens leaves no room for a reply"):
         read_corpus([out]).rendered(make_tokenizer(), 8)
+
+
+def test_a_conversation_with_a_completion_stays_a_conversation(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    path = prompts(tmp_path, {"messages": talk, "completion": "Hello."})
+    assert read_corpus([path]).documents == [Conversation(talk)]
 
 
 def test_loops_are_kept_of_a_student_only(chat_model: str, tmp_path: Path) -> None:
