@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from support import record
-from support.load import picture as load_picture
+from support.load.tables import whole_pool
 from support.quality_records import WINDOWS, finished, fitted, last_of_each
 from support.tables import machine_name
 
@@ -74,7 +74,7 @@ def _headline_column(adapter: str, rho: float) -> list[tuple[str, str]]:
 def _under_load(adapter: str) -> str:
     """Tokens/s at the highest rate of load.py, beside stock vLLM."""
     wanted = {"adapter": adapter} | LOAD_SHAPE
-    for r in load_picture.shown():
+    for r in whole_pool():
         if wanted.items() <= r["settings"].items():
             mean, low, high = r["metrics"]["rates"][-1]["against"]["stock"]["tokens_per_s"]
             return f"{mean:.2f}x ± {(high - low) / 2:.2f}"

@@ -145,7 +145,7 @@ def test_variants_take_turns_at_the_same_requests(
     assert offers[0].at_once == 1 and offers[0].rate is None
     assert (offers[1].rate, offers[1].requests) == (16, 320)
     assert len({offer.seed for offer in offers}) == 4
-    settings = {"model": "m", "prompt": 32, "tokens": 5, "k": 3, "pool_requests": 2}
+    settings = {"model": "m", "adapter": "a", "prompt": 32, "tokens": 5, "k": 3, "pool_requests": 2}
     written = {"benchmark": "load", "settings": settings | {"max_requests": 4}, "metrics": found}
     first, second = tables.of([written]).split("\n\n")
     for table, rows in ((first, 4), (second, 6)):
@@ -162,6 +162,7 @@ def test_the_picture_shows_the_newest_run_of_each_rate_of_a_whole_pool(
 ) -> None:
     def write(tokens: int, pool: int, *rates: float, **about: Any) -> dict[str, Any]:
         settings = {"model": "m", "prompt": 8, "tokens": tokens, "rounds": len(rates)}
+        settings |= {"adapter": about.pop("adapter", "a")}
         settings |= {"pool_requests": pool, "max_requests": 4}
         found = [{"share_of_saturation": rate} | about for rate in rates]
         written = {"benchmark": "load", "settings": settings, "machine": {}}
@@ -175,6 +176,7 @@ def test_the_picture_shows_the_newest_run_of_each_rate_of_a_whole_pool(
     write(8, 2, 1, run="tight")
     other = write(9, 4, 1, run="other shape")
     write(8, 4, 2, run="second")
+    write(8, 4, 2, run="fewer rates", adapter="b")
     first, second = picture.shown()
     assert [(x["share_of_saturation"], x["run"]) for x in first["metrics"]["rates"]] == [
         (0, "first"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from support.load.figures import VARIANTS
-from support.load.tables import newest_rates
+from support.load.tables import whole_pool
 
 Record = dict[str, Any]
 
@@ -27,12 +27,12 @@ PANELS = {  # figure: title and factor
 
 
 def shown() -> list[Record]:
-    """The records that the picture shows: those with a whole KV pool, one of each shape."""
-    found = {}
-    for r in newest_rates():
-        s = r["settings"]
-        if s["pool_requests"] >= s["max_requests"]:
-            found[s["model"], s["prompt"], s["tokens"]] = r
+    """The records that the picture shows: of each shape the one with most rates."""
+    found: dict[tuple[str, int, int], Record] = {}
+    for r in whole_pool():
+        shape = r["settings"]["model"], r["settings"]["prompt"], r["settings"]["tokens"]
+        if len(r["metrics"]["rates"]) >= len(found.get(shape, r)["metrics"]["rates"]):
+            found[shape] = r
     return list(found.values())
 
 

@@ -40,6 +40,12 @@ def newest_rates() -> list[Record]:
     return found
 
 
+def whole_pool() -> list[Record]:
+    """Those of `newest_rates` in which as many requests as may run at once find KV blocks."""
+    settings = [(r, r["settings"]) for r in newest_rates()]
+    return [r for r, s in settings if s["pool_requests"] >= s["max_requests"]]
+
+
 def load(r: Record) -> list[list[str]]:
     """One row per rate; figures are means over the rounds."""
     pool = r["metrics"]["pool_mb"]
@@ -130,7 +136,8 @@ def _full_steps(rate: Record, k: int) -> float:
 
 
 def _setting(s: Record) -> str:
-    found = f"{s['model']}, {s['prompt']} + {s['tokens']}"
+    names = [s["model"]] + ([s["adapter"]] if s["adapter"] else [])
+    found = f"{', '.join(names)}, {s['prompt']} + {s['tokens']}"
     tight = s["pool_requests"] < s["max_requests"]
     return found + (f", KV pool of {s['pool_requests']} requests" if tight else "")
 
