@@ -216,6 +216,12 @@ def main() -> None:
     add("--seed", type=int, default=0)
     flags = parser.parse_args()
     rng, spoken = Random(flags.seed), turns(flags.conversations)
+    if flags.conversations and len(spoken) <= max(flags.examples):
+        parser.error(
+            f"{len(spoken)} short turns of users in {', '.join(map(str, flags.conversations))}: "
+            f"--examples {' '.join(map(str, flags.examples))} takes more; write more conversations "
+            "with `lora-drop generate --count`, or give none for word problems alone"
+        )
     lines = [json.dumps(prompt(rng, flags, spoken)) + "\n" for _ in range(flags.count)]
     flags.out.write_text("".join(lines), encoding="utf-8")
     print(f"{flags.out}: {len(set(lines))} different prompts")

@@ -48,6 +48,16 @@ def test_conversations_give_turns_and_exercises(tmp_path):
     assert "Given: " in text
 
 
+def test_too_few_conversations_are_refused_by_name(tmp_path):
+    talk = tmp_path / "talk.jsonl"
+    talk.write_text('{"messages": []}\n')
+    command = [sys.executable, SCRIPT, talk, "--out", tmp_path / "asked.jsonl"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "0 short turns of users in" in refused.stderr
+    assert "--examples 1 5 takes more" in refused.stderr
+
+
 def test_the_seed_decides(tmp_path):
     first, again, other = (
         prompts(tmp_path / "asked.jsonl", "--count", 5, "--seed", seed) for seed in (1, 1, 2)
