@@ -165,9 +165,9 @@ def _loop_flags(parser: ArgumentParser) -> None:
         ("rollout_greedy", "share of greedy ones among its answers; the others are sampled"),
         (
             "leave_loops",
-            "where a phrase stands three times in a row, take the token that goes on with it out "
-            f"of the base model's distribution if the others have {LEAVE} or more, and weigh the "
-            "divergence there by X; 0: never",
+            "where one of its answers says a phrase of 8 tokens three times, take the token that "
+            f"goes on with it out of the base model's distribution if the others have {LEAVE} or "
+            "more, and weigh the divergence there by X; 0: never",
         ),
         ("save_every", "steps between two checkpoints"),
         ("checkpointing", "recompute layers in the backward pass: less memory, more time"),

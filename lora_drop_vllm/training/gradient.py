@@ -95,6 +95,11 @@ class Plan:
                 f"--leave-loops {self.leave_loops} with --divergence reverse: infinite where a "
                 "token must not come; choose forward or js"
             )
+        if self.leave_loops and not self.rollouts:
+            raise ValueError(
+                f"--leave-loops {self.leave_loops} without --rollouts: only the adapter's own "
+                "answers have loops to leave; give --rollouts 80, or leave it out"
+            )
         if not self.ce + self.kl + self.hidden > 0:
             raise ValueError("--ce, --kl, --hidden: all 0; give one of them some weight")
 
@@ -254,8 +259,10 @@ class Trainer:
         plan, device = self.plan, self.decoder.model.device
         tokens, sequence = (x.to(device) for x in stack(chosen, self.rows.length))
         schedule = random_schedule(sequence, chosen, self.adapter.config.k, self.seed, number)
+        own = torch.tensor([row.own for row in chosen], device=device)
+        share = 1 / plan.accumulate
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(plan.bf16)):
-            return backward(self.decoder, tokens, schedule, plan.weights, 1 / plan.accumulate)
+            return backward(self.decoder, tokens, schedule, own, plan.weights, share)
 
 
 def _halve_weights(model: Any) -> None:

@@ -29,7 +29,10 @@ class MixedRows:
     """Endless packed rows; each comes from the source that lacks most of its share.
 
     The shares therefore hold from the first rows on, for sources of any size. A small source
-    repeats. Arguments and attributes are those of `Rows`.
+    repeats. Arguments and attributes are those of `Rows`, and
+
+    Args:
+        own: the last source holds answers of the adapter in training
 
     Raises:
         ValueError: a source is shorter than one row.
@@ -43,13 +46,14 @@ class MixedRows:
         seed: int,
         position: MixedPosition | Position | None = None,
         turns: bool = False,
+        own: bool = False,
     ) -> None:
         whole = sum(share for share, _ in corpus.parts)
         self.length = length
         self._shares = [share / whole for share, _ in corpus.parts]
         self._rows = [Rows(part, tokenizer, length, seed, turns=turns) for _, part in corpus.parts]
         self._given = [0] * len(self._rows)
-        self._last = 0
+        self._last, self._own = 0, len(self._rows) - 1 if own else None
         if isinstance(position, MixedPosition):  # a new run passes a plain position
             self.position = position
 
@@ -75,7 +79,7 @@ class MixedRows:
         self._last = late.index(min(late))
         row = next(self._rows[self._last])
         self._given[self._last] += len(row.tokens)
-        return row
+        return row._replace(own=self._last == self._own)
 
     def leave_passage(self) -> None:
         """Skips the rest of the passage that the last row ended in."""

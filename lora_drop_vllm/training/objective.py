@@ -30,9 +30,9 @@ class Weights:
         refresh: weight of a refresh's prediction in those means; a LoRA step's weighs 1
         divergence: `forward` is KL(base || student), `reverse` is KL(student || base), `js` is the
             Jensen-Shannon divergence, the mean of both models' KL to their average
-        leave_loops: in a loop (`repeats`), the token that goes on with it is taken out of the base
-            model's distribution if the others have a probability of `LEAVE` or more, and the
-            divergence weighs so much there; 0: never
+        leave_loops: where an answer of the adapter itself repeats a phrase (`repeats`), the token
+            that goes on with it is taken out of the base model's distribution if the others have a
+            probability of `LEAVE` or more, and the divergence weighs so much there; 0: never
     """
 
     ce: float = 1.0
@@ -81,63 +81,76 @@ def predicting(schedule: Schedule) -> Tensor:
 
 
 def repeats(tokens: Tensor, sequence: Tensor) -> Tensor:
-    """Tokens of loops: they say a phrase of 8 to 128 tokens again that stands there three times.
+    """Tokens of phrases of 8 tokens that stand in a sequence three times, in a row or not.
 
     Args:
         tokens: [N, T]
-        sequence: [N, T]  of `Schedule`
+        sequence: [N, T]  the sequence of each token, negative where it belongs to none
 
     Returns:
-        [N, T] bool; the first of the three times is not among them.
+        [N, T] bool; the first of the times is not among them.
     """
-    length = tokens.shape[1]
     found = torch.zeros_like(tokens, dtype=torch.bool)
-    for size in range(LOOP["min_pattern_size"], LOOP["max_pattern_size"] + 1):
-        again = (LOOP["min_count"] - 1) * size  # tokens in a row that stood `size` places before
-        if length < size + again:
-            break
-        same = (tokens[:, size:] == tokens[:, :-size]) & (sequence[:, size:] >= 0)
-        same &= sequence[:, size:] == sequence[:, :-size]
-        before = torch.nn.functional.pad(same.int().cumsum(1), (1, 0))
-        begins = (before[:, again:] - before[:, :-again] == again).int()
-        edges = tokens.new_zeros(len(tokens), length + 1)
-        edges[:, size : length - again + 1] += begins
-        edges[:, size + again :] -= begins
-        found |= edges.cumsum(1)[:, :-1] > 0
+    size = LOOP["min_pattern_size"]
+    if tokens.shape[1] < size:
+        return found
+    row = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
+    of = torch.stack((row, sequence), -1).unfold(1, size, 1)  # [N, P, 2, size]
+    whole = (of == of[..., :1]).all(-1).all(-1) & (of[:, :, 1, 0] >= 0)
+    phrases = torch.cat((of[..., 0], tokens.unfold(1, size, 1)), -1)[whole]
+    _, kind, count = phrases.unique(dim=0, return_inverse=True, return_counts=True)
+    at = torch.arange(len(kind), device=tokens.device)
+    first = torch.full_like(count, len(kind)).scatter_reduce(0, kind, at, "amin")
+    begins = torch.zeros_like(whole)
+    begins[whole] = (count[kind] >= LOOP["min_count"]) & (at != first[kind])
+    for offset in range(size):
+        found[:, offset : offset + begins.shape[1]] |= begins
     return found
 
 
 def backward(
-    decoder: ForcedDecoder, tokens: Tensor, schedule: Schedule, weights: Weights, share: float
+    decoder: ForcedDecoder,
+    tokens: Tensor,
+    schedule: Schedule,
+    own: Tensor,
+    weights: Weights,
+    share: float,
 ) -> Losses:
     """Adds `share` of a batch's gradient to the adapter's; returns the batch's losses.
 
     A formula computes and differentiates the logits in pieces, without autograd. Autograd runs
     through the layers once.
+
+    Args:
+        tokens: [N, T]
+        own: [N] bool  rows of answers of the adapter itself
     """
     hidden, base = decoder.hidden_and_base(tokens, schedule)
     at = predicting(schedule)
-    own, other, next_token = take(hidden, at), take(base, at), tokens.flatten()[at + 1]
+    stream, other, next_token = take(hidden, at), take(base, at), tokens.flatten()[at + 1]
     lora = schedule.lora.flatten()[at]
     loop = torch.zeros_like(lora)
-    if weights.leave_loops:
-        loop = repeats(tokens, schedule.sequence).flatten()[at + 1]
+    if weights.leave_loops and own.any():
+        answers = torch.full_like(tokens, -1).flatten()
+        answers[at + 1] = schedule.sequence.flatten()[at + 1]
+        answers = answers.view_as(tokens).masked_fill(~own[:, None], -1)
+        loop = repeats(tokens, answers).flatten()[at + 1]
     weight = torch.where(lora, 1.0, weights.refresh)
     weight /= weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
-    gradient = torch.empty_like(own)
+    gradient = torch.empty_like(stream)
     found = torch.empty(len(at), 4, dtype=torch.float64, device=at.device)
     with torch.no_grad():
         scale = other.float().square().mean()
         for piece in torch.arange(len(at), device=at.device).split(AT_ONCE):
-            of = own[piece], other[piece], next_token[piece], loop[piece]
+            of = stream[piece], other[piece], next_token[piece], loop[piece]
             made = _of_logits(decoder, *of, weights)
-            apart = own[piece].float() - other[piece].float()
+            apart = stream[piece].float() - other[piece].float()
             far = apart.square().mean(-1) / scale
             found[piece] = torch.stack((made.ce, made.kl, far, made.divergence), 1).double()
             slope = made.slope + weights.hidden * 2 / (scale * apart.shape[-1]) * apart
-            gradient[piece] = (share * weight[piece, None] * slope).to(own.dtype)
+            gradient[piece] = (share * weight[piece, None] * slope).to(stream.dtype)
     if len(at):
-        own.backward(gradient)
+        stream.backward(gradient)
     kl = found[:, 1]
     kinds = [x.sum().double() for x in (kl[lora], lora, kl[~lora], ~lora)]
     return Losses(torch.cat((weight.double() @ found, torch.stack(kinds))))

@@ -87,7 +87,8 @@ class Rollouts:
         if self.due(step) and isinstance(position, MixedPosition):
             position = MixedPosition((*position.parts[:-1], Position()), position.given)
         mixed = mixture([*corpora, (plan.on_policy, said)])
-        return MixedRows(mixed, self._tokenizer, settings.length, settings.seed, position)
+        like = mixed, self._tokenizer, settings.length, settings.seed, position
+        return MixedRows(*like, own=True)
 
     def _answer(
         self, step: int, answers: Path, config: AdapterConfig, tensors: dict[str, Tensor]

@@ -32,11 +32,13 @@ class Row(NamedTuple):
     Attributes:
         lengths: tokens of each sequence
         prompts: prompt tokens of each sequence that is a reply; 0 if any prompt may be drawn
+        own: True if the adapter in training wrote the replies
     """
 
     tokens: list[int]
     lengths: list[int]
     prompts: list[int]
+    own: bool = False
 
 
 class Rows:

@@ -53,14 +53,16 @@ def test_the_gradient_by_the_formula_is_that_of_autograd(
     monkeypatch.setattr("lora_drop_vllm.training.objective.AT_ONCE", 5)
     adapter = Adapter(*make_adapter(tmp_path, models["llama"], drop_layers=[3, 5]))
     decoder = ForcedDecoder(load_model(models["llama"]), adapter)
-    tokens, schedule = torch.randint(3, 512, (2, 16)), Schedule.of(rows([16, 11]), 3, 3)
-    tokens[0, 4:13] = torch.tensor([7, 8, 9] * 3)  # positions 6 to 11 go on with a loop
+    tokens, schedule = torch.randint(3, 512, (3, 16)), Schedule.of(rows([16, 13, 11]), 3, 3)
+    tokens[:2, 4:13] = torch.tensor([7, 8, 9] * 3)  # positions 6 to 11 go on with a phrase
+    tokens[2, 1:10] = tokens[0, 4:13]  # the prompt has a part of it
+    own = torch.tensor([True, False, True])
     monkeypatch.setitem(LOOP, "min_pattern_size", 3)
     likely = torch.zeros(512)
     likely[7:10] = 5.0  # else a loop's tokens would hardly matter
     plain = decoder.logits
     monkeypatch.setattr(decoder, "logits", lambda hidden: plain(hidden) + likely)
-    losses = backward(decoder, tokens, schedule, weights, 0.5).named(weights)
+    losses = backward(decoder, tokens, schedule, own, weights, 0.5).named(weights)
     got = [p.grad.clone() for p in adapter.parameters() if p.grad is not None]
     hidden, base = (x.flatten(0, 1) for x in decoder.hidden_and_base(tokens, schedule))
     at = predicting(schedule)
@@ -104,38 +106,44 @@ def test_a_batch_without_predictions_trains_nothing(
     adapter = Adapter(*make_adapter(tmp_path, models["llama"], drop_layers=[3, 5]))
     decoder = ForcedDecoder(load_model(models["llama"]), adapter)
     schedule = Schedule.of(rows([8, 6]), torch.tensor([8, 5]), 3)
-    losses = backward(decoder, torch.randint(3, 512, (2, 8)), schedule, Weights(), 1.0)
+    own, weights = torch.tensor([True, True]), Weights(leave_loops=1.0)
+    losses = backward(decoder, torch.randint(3, 512, (2, 8)), schedule, own, weights, 1.0)
     assert losses.named(Weights()) == {"loss": 0.0, "ce": 0.0, "kl": 0.0, "hidden": 0.0}
     assert all(p.grad is None for p in adapter.parameters())
 
 
-def test_what_repeats_is_the_second_and_third_time_of_a_phrase() -> None:
+def test_what_repeats_is_each_later_time_of_a_phrase() -> None:
     phrase = list(range(8))
-    looping = [20, *phrase, *phrase, *phrase, *phrase[:3], 21, 22]
+    apart = [20, *phrase, 30, 31, *phrase, 32, *phrase, 33]
     twice = [20, *phrase, *phrase, *phrase[:7], 21]
-    sequence = rows([len(looping), len(twice)])
+    sequence = rows([len(apart), len(twice)])
     tokens = torch.zeros_like(sequence)
-    tokens[0], tokens[1, : len(twice)] = torch.tensor(looping), torch.tensor(twice)
+    tokens[0], tokens[1, : len(twice)] = torch.tensor(apart), torch.tensor(twice)
     found = repeats(tokens, sequence)
-    assert found[0].nonzero().flatten().tolist() == list(range(9, 28))
+    assert found[0].nonzero().flatten().tolist() == [*range(11, 19), *range(20, 28)]
     assert not found[1].any()
-    parted = torch.where(torch.arange(30) < 20, 0, 1)[None]
-    assert not repeats(tokens[:1], parted).any()  # two sequences, in none of which it is complete
+    parted = torch.where(torch.arange(29) < 19, 0, 1)[None]
+    assert not repeats(tokens[:1], parted).any()  # two sequences, neither has it three times
+    same = tokens[:1].repeat(3, 1)[:, :12]
+    assert not repeats(same, torch.zeros_like(same)).any()  # once in each of three rows
     assert not repeats(torch.zeros_like(tokens), torch.full_like(sequence, -1)).any()  # padding
+    assert not repeats(tokens[:, :7], sequence[:, :7]).any()
 
 
-def test_a_loop_is_where_the_report_sees_one() -> None:
+def test_what_the_report_calls_a_loop_repeats() -> None:
     torch.manual_seed(0)
     loops = 0
     for _ in range(200):
-        size, times = int(torch.randint(5, 140, ())), float(torch.rand(()) * 2 + 2)
+        size, times = int(torch.randint(8, 140, ())), float(torch.rand(()) * 2 + 2)
         phrase = torch.randint(0, 50, (size,))
         told = phrase.repeat(4)[: int(size * times)]
-        tokens = torch.cat((torch.randint(0, 50, (30,)), told, torch.randint(50, 60, (30,))))
+        tokens = torch.cat((torch.randint(50, 60, (30,)), told, torch.randint(50, 60, (30,))))
         start = loop_start(tokens.tolist())
-        found = repeats(tokens[None], torch.zeros(1, len(tokens)))
-        assert (start is None) == (not found.any())
-        loops += start is not None
+        found = repeats(tokens[None], torch.zeros(1, len(tokens)))[0]
+        if start is not None:
+            loops += 1
+            assert found[start + size : start + 3 * size].all()
+        assert found.sum() <= max(len(told) - size, 0)
     assert 50 < loops < 150
 
 

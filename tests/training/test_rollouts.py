@@ -99,6 +99,7 @@ def test_every_round_trains_on_new_answers_of_the_adapter(
 
     decode = AutoTokenizer.from_pretrained(command[1]).decode
     assert answers_in(rows, decode) == pytest.approx(0.25, abs=0.09)
+    assert all(row.own == ("Number " in decode(row.tokens)) for row in rows)
 
 
 def test_plain_prompts_are_completed_up_to_their_stop_strings(
@@ -155,6 +156,8 @@ def test_what_stops_a_run_is_said(
         assert f"--{flag} {value}: expected" in said and allowed in said
     assert main([*command, "--leave-loops", "2", "--divergence", "reverse", *out]) == 2
     assert "--leave-loops 2.0 with --divergence reverse" in capsys.readouterr().err
+    assert main([*command, "--leave-loops", "2", "--rollouts", "0", *out]) == 2
+    assert "--leave-loops 2.0 without --rollouts" in capsys.readouterr().err
     gone = SimpleNamespace(returncode=1)
     monkeypatch.setattr(module.subprocess, "run", lambda *command, **how: gone)
     assert main([*command, *out]) == 2
