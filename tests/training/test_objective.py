@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import load_model, make_adapter
+from torch import Tensor
 
 from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.positions import Schedule, rows
@@ -33,6 +34,14 @@ def test_predictions_after_the_first_lora_step_count() -> None:
     assert predicting(schedule).tolist() == [3, 4, 5, 6, 7, 9 + 3, 9 + 4]
 
 
+def phrases() -> Tensor:
+    """In two rows positions 6 to 11 go on with a phrase; in the third a prompt has part of it."""
+    tokens = torch.randint(3, 512, (3, 16))
+    tokens[:2, 4:13] = torch.tensor([7, 8, 9] * 3)
+    tokens[2, 1:10] = tokens[0, 4:13]
+    return tokens
+
+
 @pytest.mark.parametrize(
     "weights",
     [
@@ -53,9 +62,7 @@ def test_the_gradient_by_the_formula_is_that_of_autograd(
     monkeypatch.setattr("lora_drop_vllm.training.objective.AT_ONCE", 5)
     adapter = Adapter(*make_adapter(tmp_path, models["llama"], drop_layers=[3, 5]))
     decoder = ForcedDecoder(load_model(models["llama"]), adapter)
-    tokens, schedule = torch.randint(3, 512, (3, 16)), Schedule.of(rows([16, 13, 11]), 3, 3)
-    tokens[:2, 4:13] = torch.tensor([7, 8, 9] * 3)  # positions 6 to 11 go on with a phrase
-    tokens[2, 1:10] = tokens[0, 4:13]  # the prompt has a part of it
+    tokens, schedule = phrases(), Schedule.of(rows([16, 13, 11]), 3, 3)
     own = torch.tensor([True, False, True])
     monkeypatch.setitem(LOOP, "min_pattern_size", 3)
     likely = torch.zeros(512)
