@@ -85,7 +85,7 @@ def repeats(tokens: Tensor, sequence: Tensor) -> Tensor:
 
     Args:
         tokens: [N, T]
-        sequence: [N, T]  the sequence of each token, negative where it belongs to none
+        sequence: [N, T]  number of each token's sequence in the whole batch, negative for none
 
     Returns:
         [N, T] bool; the first of the times is not among them.
@@ -94,10 +94,9 @@ def repeats(tokens: Tensor, sequence: Tensor) -> Tensor:
     size = LOOP["min_pattern_size"]
     if tokens.shape[1] < size:
         return found
-    row = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
-    of = torch.stack((row, sequence), -1).unfold(1, size, 1)  # [N, P, 2, size]
-    whole = (of == of[..., :1]).all(-1).all(-1) & (of[:, :, 1, 0] >= 0)
-    phrases = torch.cat((of[..., 0], tokens.unfold(1, size, 1)), -1)[whole]
+    of = sequence.unfold(1, size, 1)  # [N, P, size]
+    whole = (of == of[..., :1]).all(-1) & (of[..., 0] >= 0)
+    phrases = torch.cat((of[..., :1], tokens.unfold(1, size, 1)), -1)[whole]
     _, kind, count = phrases.unique(dim=0, return_inverse=True, return_counts=True)
     at = torch.arange(len(kind), device=tokens.device)
     first = torch.full_like(count, len(kind)).scatter_reduce(0, kind, at, "amin")

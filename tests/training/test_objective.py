@@ -132,7 +132,7 @@ def test_what_repeats_is_each_later_time_of_a_phrase() -> None:
     parted = torch.where(torch.arange(29) < 19, 0, 1)[None]
     assert not repeats(tokens[:1], parted).any()  # two sequences, neither has it three times
     same = tokens[:1].repeat(3, 1)[:, :12]
-    assert not repeats(same, torch.zeros_like(same)).any()  # once in each of three rows
+    assert not repeats(same, rows([12, 12, 12])).any()  # once in each of three rows
     assert not repeats(torch.zeros_like(tokens), torch.full_like(sequence, -1)).any()  # padding
     assert not repeats(tokens[:, :7], sequence[:, :7]).any()
 
@@ -146,7 +146,7 @@ def test_what_the_report_calls_a_loop_repeats() -> None:
         told = phrase.repeat(4)[: int(size * times)]
         tokens = torch.cat((torch.randint(50, 60, (30,)), told, torch.randint(50, 60, (30,))))
         start = loop_start(tokens.tolist())
-        found = repeats(tokens[None], torch.zeros(1, len(tokens)))[0]
+        found = repeats(tokens[None], rows([len(tokens)]))[0]
         if start is not None:
             loops += 1
             assert found[start + size : start + 3 * size].all()
