@@ -10,6 +10,7 @@ the base model, and recorded. `--adapter` measures finished adapters instead.
         --injection block attn          for the figure of KL over KV saved; with the numbers of a
                                         mix of `lora-drop profile`: --layers … --drop-attention …
     python benchmarks/quality.py MODEL --text test.txt --adapter adapters/*/* --tasks piqa.jsonl
+    python benchmarks/quality.py MODEL --adapter adapters/*/*      on Python's own manual
     python benchmarks/quality_tables.py      renders the newest records
 """
 
@@ -22,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from support import record
+from support import record, texts
 from support.exact_steps import ExactLoraSteps
 from support.quality_records import adapter_name
 from tqdm import tqdm
@@ -34,7 +35,7 @@ from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.evaluation.divergence import perplexity
 from lora_drop_vllm.evaluation.evaluate import PROMPT, WINDOW, text_windows
 from lora_drop_vllm.evaluation.scoring import run_task
-from lora_drop_vllm.evaluation.tasks import read_task, read_text
+from lora_drop_vllm.evaluation.tasks import read_task
 from lora_drop_vllm.method.adapter import AdapterConfig, load_tensors, read_config
 from lora_drop_vllm.training.corpus import read_corpus
 from lora_drop_vllm.training.fit import new_config
@@ -50,7 +51,8 @@ def main() -> None:
     """Fits or loads, measures, records and prints."""
     given = _arguments()
     model, tokenizer = open_model(given.model)
-    windows = text_windows(tokenizer, read_text(given.text), given.limit).to(model.device)
+    name, text = texts.read(given.text)
+    windows = text_windows(tokenizer, text, given.limit).to(model.device)
     tasks = [read_task(path, given.limit_tasks) for path in given.tasks]
     for settings, config, tensors in _adapters(given, model, tokenizer):
         adapter = Adapter(config, tensors).to(model.device)
@@ -64,12 +66,12 @@ def main() -> None:
             exact = perplexity(ExactLoraSteps(model, adapter), windows, PROMPT, config.k)
             metrics |= {"exact_lora_steps": {kind: asdict(of) for kind, of in exact.items()}}
         metrics |= {"tasks": [asdict(run_task(decoder, tokenizer, task)) for task in tasks]}
-        about = {"text": given.text.name, "windows": len(windows), "window": WINDOW}
+        about = {"text": name, "windows": len(windows), "window": WINDOW}
         about |= {"model": model_name(given.model), "prompt": PROMPT, "limit": given.limit_tasks}
         record.write("quality", settings | about, metrics)
-        shown = {name: settings[name] for name in settings if name in LISTS or name == "adapter"}
+        shown = {key: settings[key] for key in settings if key in LISTS or key == "adapter"}
         print(
-            " ".join(f"{name}={value}" for name, value in shown.items()),
+            " ".join(f"{key}={value}" for key, value in shown.items()),
             *(f"{kind} {found.perplexity:.2f}" for kind, found in steps.items()),
             f"(base {steps['all'].base_perplexity:.2f}) KL {steps['all'].kl:.3f}",
             f"agreement {steps['all'].agreement:.3f}",
@@ -111,7 +113,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", help="model folder, or a name in the local Hugging Face cache")
     parser.add_argument("--corpus", nargs="*", type=Path, default=[], help="text to fit on")
     parser.add_argument("--adapter", nargs="*", type=Path, default=[], help="folders to measure")
-    parser.add_argument("--text", required=True, type=Path, help="plain text to measure on")
+    parser.add_argument("--text", type=Path, help="plain text (default: Python's manual)")
     parser.add_argument("--limit", type=int, default=16, help="windows of the text (default: 16)")
     parser.add_argument("--tasks", nargs="*", type=Path, default=[], help="JSONL files")
     parser.add_argument("--limit-tasks", type=int, help="questions of each (default: all)")

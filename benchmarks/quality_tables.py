@@ -6,6 +6,7 @@ python benchmarks/quality_tables.py
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.accuracy_figures import accuracy_table, draw_accuracy, points
 from support.quality_plots import draw, draw_kl_over_kv, draw_saving
 from support.quality_records import (
     WINDOWS,
+    adapter,
     chats,
     chosen,
     finished,
@@ -21,8 +23,9 @@ from support.quality_records import (
     last_of_each,
     mixed,
 )
+from support.question_tables import answers, questions
+from support.texts import MANUAL
 
-from lora_drop_vllm.evaluation.significance import Comparison, MeanLoss
 from lora_drop_vllm.method.cost import kv_saving
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -48,6 +51,9 @@ QUALITY: list[Column] = [
 def setting(name: str, heading: str | None = None) -> Column:
     """Column that shows a setting."""
     return heading or name, lambda r: str(r["settings"][name])
+
+
+ADAPTER: Column = ("adapter", adapter)
 
 
 def beside(field: str, heading: str, factor: int = 1, form: str = ".3f", unit: str = "") -> Column:
@@ -117,11 +123,9 @@ def _drops(r: Record) -> str:
 
 
 def _numbers(layers: Sequence[int]) -> str:
-    if not layers:
-        return "–"
-    if layers == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]}–{layers[-1]}"
-    return ", ".join(map(str, layers))
+    """Ascending numbers as ranges."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(layers), lambda at: at[1] - at[0])]
+    return ", ".join(f"{run[0]}–{run[-1]}" if run[1:] else str(run[0]) for run in runs) or "–"
 
 
 def _speed(r: Record) -> str:
@@ -148,33 +152,6 @@ def _measured(benchmark: str, r: Record, **wanted: Any) -> dict[str, Any]:
     return found["metrics"] if found else {}
 
 
-def _questions(records: Sequence[Record]) -> list[str]:
-    """Accuracy by task, and the mean loss over all tasks, for each adapter that was asked."""
-    names = ("adapter", "task", "questions", "scored at LoRA steps", "accuracy", "base")
-    names += ("loss, points", "p", "KL to base")
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for r in records:
-        name, tasks = r["settings"]["adapter"], r["metrics"]["tasks"]
-        marks = [Comparison(**task["accuracy"]) for task in tasks]
-        lines += [
-            f"| {name} | {task['task']} | {task['examples']} | {task['lora_share']:.0%} "
-            f"| {m.share:.1%} | {m.base:.1%} "
-            f"| {100 * m.loss:.1f} ± {100 * m.loss_se:.1f} | {m.p_value:.2g} "
-            f"| {_kl(task)} |"
-            for task, m in zip(tasks, marks)
-        ]
-        mean = MeanLoss.of(marks)
-        interval = f"{100 * mean.low:.1f} to {100 * mean.high:.1f}"
-        mean_loss = f"{100 * mean.loss:.1f} ({interval})"
-        lines.append(f"| {name} | mean of {mean.tasks} | | | | | {mean_loss} | | |")
-    return lines
-
-
-def _kl(task: dict[str, Any]) -> str:
-    """The KL of a task; older records have none."""
-    return f"{task['kl']:.3f}" if "kl" in task else "–"
-
-
 def _accuracy_over_kl() -> list[str]:
     """Points, lines and figure; nothing without records."""
     found = points(last_of_each(record.newest("accuracy_over_kl")))
@@ -183,24 +160,6 @@ def _accuracy_over_kl() -> list[str]:
     draw_accuracy(found, DOCS / "quality_accuracy.png")
     lines = ["", "### Accuracy over KL", "", *accuracy_table(found, LOSSES)]
     return [*lines, "", "![questions that change sides over √KL](quality_accuracy.png)"]
-
-
-def _answers(records: Sequence[Record]) -> list[str]:
-    """Scores of freely decoded answers, by task and measure."""
-    names = ("adapter", "task", "questions", "LoRA steps", "cut off (base)", "measure", "right")
-    lines = ["| " + " | ".join((*names, "base", "p")) + " |", "|" + " --- |" * 9]
-    for r in records:
-        s, m = r["settings"], r["metrics"]
-        taken = m["lora_drop"]
-        share = taken["lora_steps"] / (taken["lora_steps"] + taken["full_steps"])
-        for measure, found in m["measures"].items():
-            marks = Comparison(**found)
-            lines.append(
-                f"| {s['adapter']} | {s['task']} | {m['examples']} | {share:.0%} "
-                f"| {taken['cut_off']} ({m['base']['cut_off']}) | {measure} "
-                f"| {marks.share:.1%} | {marks.base:.1%} | {marks.p_value:.2g} |"
-            )
-    return lines
 
 
 def by(*names: str) -> Callable[[Record], list[Any]]:
@@ -217,20 +176,21 @@ def sections() -> list[str]:
     injection = fitted(rho=0.5, k=2, injection=None)
     drop = ("drop layers", _drop_layers)
     lines = ["### Adapters of this repository", ""]
-    about = [setting("adapter"), ("drop layers", _drops), setting("windows")]
-    found = [*last_of_each(finished(WINDOWS)), *last_of_each(finished(MORE_WINDOWS))]
+    about = [ADAPTER, ("drop layers", _drops), setting("text"), setting("windows")]
+    measured = finished(WINDOWS), finished(MORE_WINDOWS), finished(text=MANUAL)
+    found = [r for records in measured for r in last_of_each(records)]
     lines += table(found, [*about, *QUALITY, EXACT])
     if answered := chats():
         lines += ["", "### Answers to chat prompts, greedy", ""]
-        lines += table(answered, [setting("adapter"), *CHAT])
+        lines += table(answered, [ADAPTER, *CHAT])
     if origins := last_of_each(record.newest("loop_origin")):
         lines += ["", "### Loops that only LoRA-Drop enters, and who else does from there", ""]
-        lines += table(origins, [setting("adapter"), *ORIGIN])
+        lines += table(origins, [ADAPTER, *ORIGIN])
     lines += ["", "### Questions answered under the schedule", ""]
-    lines += _questions(last_of_each(asked))
+    lines += questions(last_of_each(asked))
     lines += _accuracy_over_kl()
     lines += ["", "### Answers of the served model, greedy", ""]
-    lines += _answers(record.newest("answers"))
+    lines += answers(record.newest("answers"))
     lines += ["", "### ρ and k (the paper's Table III)", ""]
     speed = ("speed-up, of ideal", _speed)
     lines += table(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.quality_records import adapter
+
 Record = dict[str, Any]
 
 
@@ -45,8 +47,7 @@ def points(records: Sequence[Record]) -> list[Point]:
                 marks, n = task["accuracy"], task["examples"]
                 changed = (marks["only_base"] + marks["only_this"]) / n
                 loss = marks["loss"], marks["loss_se"]
-                name = r["settings"]["adapter"]
-                found.append(Point(name, steps, task["task"], n, task["kl"], changed, *loss))
+                found.append(Point(adapter(r), steps, task["task"], n, task["kl"], changed, *loss))
     return sorted(found, key=lambda p: p.kl)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from support import record
 from support.load.tables import whole_pool
-from support.quality_records import WINDOWS, finished, fitted, last_of_each
+from support.quality_records import WINDOWS, adapter, finished, fitted, last_of_each
 from support.tables import machine_name
 
 Record = dict[str, Any]
@@ -93,10 +93,10 @@ def _latest(benchmark: str, **wanted: Any) -> Record:
     return found
 
 
-def _trained(adapter: str) -> Record:
+def _trained(name: str) -> Record:
     """Its last record on the windows of the fitted adapters beside it."""
     found = last_of_each(finished(WINDOWS))
-    return {r["settings"]["adapter"].split("/")[-1]: r for r in found}[adapter]
+    return {adapter(r): r for r in found}[name]
 
 
 def points() -> list[Point]:
@@ -105,14 +105,14 @@ def points() -> list[Point]:
     for r in sorted(fitted(), key=lambda r: (r["settings"]["rho"], r["settings"]["k"])):
         rho, k = r["settings"]["rho"], r["settings"]["k"]
         found.append(_point("fitted", f"k = {k}", r, _speed(rho, k)))
-    for adapter, rho in TRAINED.items():
-        found.append(_point("trained", adapter, _trained(adapter), _speed(rho, K)))
-    adapter, rho = next(iter(TRAINED.items()))
-    peers = record.latest("peers", adapter=adapter, concurrency=1)
+    for name, rho in TRAINED.items():
+        found.append(_point("trained", name, _trained(name), _speed(rho, K)))
+    first = next(iter(TRAINED))
+    peers = record.latest("peers", adapter=first, concurrency=1)
     for peer in peers["metrics"]["peers"] if peers else ():
         if "speed_up" in peer:
             name = re.split(r",| of | \(", peer["what"])[0]
-            label = f"{name}, {adapter}" if name == "LoRA-Drop" else name
+            label = f"{name}, {first}" if name == "LoRA-Drop" else name
             found.append(Point("peer", label, None, peer["kl"], peer["speed_up"]))
     return found
 

@@ -27,7 +27,7 @@ from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.evaluation.divergence import perplexity
 from lora_drop_vllm.evaluation.evaluate import PROMPT, WINDOW
 from lora_drop_vllm.method.adapter import AdapterConfig, load_tensors, read_config
-from support import record
+from support import record, texts
 from support.quality_records import WINDOWS
 from support.serve_blocks import Prompts, measure
 from support.serve_figures import Block
@@ -61,7 +61,7 @@ def run(subject: Subject, given: argparse.Namespace, stock: Variant) -> list[dic
         "adapter": Path(subject.adapter).name if subject.adapter else None,
         "rho": round(config.rho, 4),
         "k": config.k,
-        "text": given.text.name if given.text else "Python's manual",
+        "text": texts.read(given.text)[0],
     } | {name: getattr(given, name) for name in ("tokens", "rounds", "compile", "dtype")}
     records = []
     flags = {
@@ -116,13 +116,6 @@ def rows(
     return [*found, FLEXIDEPTH]
 
 
-def manual() -> str:
-    """Default text: the language manual that every Python carries."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
 def text_prompts(ids: Sequence[int]) -> Prompts:
     """Prompts cut out of a text, the same for the same round and sizes."""
 
@@ -157,8 +150,7 @@ def _text_and_quality(
 ) -> tuple[list[int], dict[str, dict[str, float]]]:
     """Token ids of the text, and the quality of LoRA-Drop and layer skipping on it."""
     base, tokenizer = open_model(str(subject.folder))
-    text = given.text.read_text() if given.text else manual()
-    ids = tokenizer(text).input_ids
+    ids = tokenizer(texts.read(given.text)[1]).input_ids
     if len(ids) <= max(max(given.context), WINDOW * WINDOWS):
         raise ValueError(f"--text {given.text}: {len(ids)} tokens are too few; give a longer one")
     windows = torch.tensor(ids[: WINDOW * WINDOWS]).view(WINDOWS, WINDOW).to(base.device)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from support import record
+from support.texts import WIKITEXT
 
 Record = dict[str, Any]
 
@@ -15,6 +16,7 @@ WINDOWS = 16  # of the text, in every figure that stands beside another adapter'
 # the settings of a fitted adapter unless a table varies them
 PLAIN = {"layers": "contiguous", "rank": 16, "reuse": "update", "kv": "skip"}
 PLAIN |= {"injection": "block", "tokens": 8192, "windows": WINDOWS}
+PLAIN |= {"text": WIKITEXT}
 
 
 def fitted(**wanted: Any) -> list[Record]:
@@ -48,19 +50,26 @@ def _closed_form(wanted: dict[str, Any]) -> list[Record]:
     ]
 
 
-def finished(windows: int | None = None) -> list[Record]:
+def finished(windows: int | None = None, text: str = WIKITEXT) -> list[Record]:
     """Newest records of adapters that were measured as they lie in `adapters/`.
 
     Args:
         windows: only those on as many windows of the text; None: all
+        text: its name in the records
     """
     found = [r for r in record.newest("quality") if "adapter" in r["settings"]]
+    found = [r for r in found if r["settings"]["text"] == text]
     return [r for r in found if windows in (None, r["settings"]["windows"])]
 
 
 def adapter_name(folder: Path) -> str:
     """Name of an adapter in records: its folder, and the one around it."""
     return f"{folder.parent.name}/{folder.name}"
+
+
+def adapter(r: Record) -> str:
+    """Name of a record's adapter in tables: that of its folder alone."""
+    return str(r["settings"]["adapter"]).split("/")[-1]
 
 
 def chats() -> list[Record]:

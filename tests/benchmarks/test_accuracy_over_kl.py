@@ -32,7 +32,7 @@ RECORD = {
 
 def test_questions_that_change_sides_are_proportional_to_the_root_of_the_kl() -> None:
     arc = points([RECORD])[1]
-    assert (arc.task, arc.adapter, arc.steps, arc.questions) == ("arc", "model/a", "served", 100)
+    assert (arc.task, arc.adapter, arc.steps, arc.questions) == ("arc", "a", "served", 100)
     piqa = [p for p in points([RECORD]) if p.task == "piqa"]
     assert [p.kl for p in piqa] == [0.04, 0.64]
     assert [p.changed for p in piqa] == pytest.approx([0.06, 0.24])
@@ -43,7 +43,7 @@ def test_questions_that_change_sides_are_proportional_to_the_root_of_the_kl() ->
 
 def test_the_table_has_the_points_and_the_kl_at_a_loss(tmp_path: Path) -> None:
     lines = accuracy_table(points([RECORD]), [0.05])
-    assert "| model/a | exact | piqa | 100 | 0.040 | 6.0% | 0.300 | 2.0 ± 1.0 |" in lines
+    assert "| a | exact | piqa | 100 | 0.040 | 6.0% | 0.300 | 2.0 ± 1.0 |" in lines
     assert "| task, by its line | KL at a loss of 5.00 points |" in lines
     assert lines[-1] == "| piqa | 0.250 |"
     pytest.importorskip("matplotlib")
