@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from support import record
 from support.load.tables import whole_pool
-from support.quality_records import WINDOWS, adapter, finished, fitted, last_of_each
+from support.quality_records import WINDOWS, adapter, chats, finished, fitted, last_of_each
 from support.tables import machine_name
 
 Record = dict[str, Any]
@@ -46,6 +47,7 @@ def headline() -> str:
         "speed-up over stock vLLM",
         "tokens/s over stock vLLM under load",
         "KV left to other requests",
+        "same best token as the base model, in chat",
         "perplexity (ideal: the base model's)",
     )
     lines = [[name, *cells] for name, *cells in zip(names, *columns)]
@@ -54,19 +56,21 @@ def headline() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _headline_column(adapter: str, rho: float) -> list[tuple[str, str]]:
-    """Measured and ideal, below their heading: speed, under load too, KV and perplexity."""
-    speed, quality = _speed(rho, K)["metrics"], _trained(adapter)["metrics"]
+def _headline_column(name: str, rho: float) -> list[tuple[str, str]]:
+    """Measured and ideal, below their heading: speed, under load too, KV and quality."""
+    speed, quality = _speed(rho, K)["metrics"], _trained(name)["metrics"]
     low, high = speed["speed_up_95"]
     kv = _latest("kv_saving", rho=rho, k=K)["metrics"]
+    chat = _of(name, chats())["metrics"]["steps"]["all"]
     return [
-        (f"`{adapter}`: {len(quality['drop_layers'])} of 30 layers drop", "ideal"),
+        (f"`{name}`: {len(quality['drop_layers'])} of 30 layers drop", "ideal"),
         (
             f"{speed['speed_up']:.2f}x ± {(high - low) / 2:.2f}",
             f"{speed['ideal_speed_up']:.2f}x",
         ),
-        (_under_load(adapter), ""),
+        (_under_load(name), ""),
         (f"{kv['saved']:.1%}", f"{kv['equation_15']:.1%}"),
+        (f"{chat['agreement']:.1%}", "100%"),
         (f"{quality['all']['perplexity']:.1f}", f"{quality['all']['base_perplexity']:.1f}"),
     ]
 
@@ -95,8 +99,11 @@ def _latest(benchmark: str, **wanted: Any) -> Record:
 
 def _trained(name: str) -> Record:
     """Its last record on the windows of the fitted adapters beside it."""
-    found = last_of_each(finished(WINDOWS))
-    return {adapter(r): r for r in found}[name]
+    return _of(name, last_of_each(finished(WINDOWS)))
+
+
+def _of(name: str, records: Sequence[Record]) -> Record:
+    return next(r for r in records if adapter(r) == name)
 
 
 def points() -> list[Point]:
