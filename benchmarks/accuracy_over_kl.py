@@ -1,26 +1,23 @@
-"""How much accuracy does a KL cost? Questions that change sides, over the KL on their choices.
+"""How much accuracy does a KL cost? Questions that change sides if LoRA steps were exact.
 
-Adapters answer the questions that the base model answers. Under `kv: skip` so does the base model
-with exact LoRA steps, where only the holes in the KV are left.
+Only the holes that `kv: skip` leaves in the KV are left then, a far smaller disturbance than the
+served adapter's. The questions are those of `quality.py`, with which they make one table.
 
-    python benchmarks/accuracy_over_kl.py MODEL --adapter adapters/smollm2-135m-instruct/rho* \
-        --tasks piqa.jsonl arc_easy.jsonl --limit 1000
+    python benchmarks/accuracy_over_kl.py MODEL --tasks piqa.jsonl arc_easy.jsonl --limit 1000 \
+        --adapter adapters/smollm2-135m-instruct/rho25-skip
     python benchmarks/quality_tables.py      renders the newest records
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from support import record
 from support.exact_steps import ExactLoraSteps
 from support.quality_records import adapter_name
 
-from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.pretrained import model_name, open_model
 from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.evaluation.scoring import run_task
@@ -29,29 +26,29 @@ from lora_drop_vllm.method.adapter import load_tensors, read_config
 
 
 def main() -> None:
-    """Asks, records and prints."""
+    """Asks, records and prints.
+
+    Raises:
+        ValueError: an adapter whose LoRA steps write KV.
+    """
     given = _arguments()
+    adapters = {}
+    for folder in given.adapter:
+        config = read_config(folder)
+        if config.kv != "skip":
+            raise ValueError(f"--adapter {folder}: kv {config.kv} leaves no holes; give kv skip")
+        adapters[folder] = Adapter(config, load_tensors(folder, config))
     model, tokenizer = open_model(given.model)
     tasks = [read_task(path, given.limit) for path in given.tasks]
-    for folder in given.adapter:
-        found: dict[str, Any] = {}
-        for steps, decoder in decoders(model, folder):
-            found[steps] = [asdict(run_task(decoder, tokenizer, task)) for task in tasks]
-            for task in found[steps]:
-                marks, kl = task["accuracy"], f"KL {task['kl']:.3f}"
-                accuracy = f"accuracy {marks['share']:.3f} (base {marks['base']:.3f})"
-                print(folder.name, steps, task["task"], kl, accuracy, flush=True)
+    for folder, adapter in adapters.items():
+        decoder = ExactLoraSteps(model, adapter.to(model.device))
+        found = [run_task(decoder, tokenizer, task) for task in tasks]
+        for task in found:
+            accuracy = f"accuracy {task.accuracy.share:.3f} (base {task.accuracy.base:.3f})"
+            print(folder.name, task.task, f"KL {task.kl:.3f}", accuracy, flush=True)
         about = {"model": model_name(given.model), "adapter": adapter_name(folder)}
-        record.write("accuracy_over_kl", about | {"limit": given.limit}, found)
-
-
-def decoders(model: Any, folder: Path) -> Iterator[tuple[str, ForcedDecoder]]:
-    """The served adapter; under `kv: skip` also exact LoRA steps with its layers."""
-    config = read_config(folder)
-    adapter = Adapter(config, load_tensors(folder, config)).to(model.device)
-    yield "served", ForcedDecoder(model, adapter)
-    if config.kv == "skip":
-        yield "exact", ExactLoraSteps(model, adapter)
+        metrics = {"exact": [asdict(task) for task in found]}
+        record.write("accuracy_over_kl", about | {"limit": given.limit}, metrics)
 
 
 def _arguments() -> argparse.Namespace:

@@ -152,9 +152,9 @@ def _measured(benchmark: str, r: Record, **wanted: Any) -> dict[str, Any]:
     return found["metrics"] if found else {}
 
 
-def _accuracy_over_kl() -> list[str]:
+def _accuracy_over_kl(asked: Sequence[Record]) -> list[str]:
     """Points, lines and figure; nothing without records."""
-    found = points(last_of_each(record.newest("accuracy_over_kl")))
+    found = points(last_of_each(record.newest("accuracy_over_kl")), asked)
     if not found:
         return []
     draw_accuracy(found, DOCS / "quality_accuracy.png")
@@ -169,7 +169,7 @@ def by(*names: str) -> Callable[[Record], list[Any]]:
 
 def sections() -> list[str]:
     """All tables, with their headings."""
-    asked = [r for r in finished() if r["metrics"]["tasks"]]
+    asked = last_of_each([r for r in finished() if r["metrics"]["tasks"]])
     grid = sorted(fitted(), key=by("rho", "k"))
     rank = sorted(fitted(rho=0.25, k=3, rank=None, tokens=None), key=by("tokens", "rank"))
     choice = fitted(rho=0.25, k=3, layers=None)
@@ -187,8 +187,8 @@ def sections() -> list[str]:
         lines += ["", "### Loops that only LoRA-Drop enters, and who else does from there", ""]
         lines += table(origins, [ADAPTER, *ORIGIN])
     lines += ["", "### Questions answered under the schedule", ""]
-    lines += questions(last_of_each(asked))
-    lines += _accuracy_over_kl()
+    lines += questions(asked)
+    lines += _accuracy_over_kl(asked)
     lines += ["", "### Answers of the served model, greedy", ""]
     lines += answers(record.newest("answers"))
     lines += ["", "### ρ and k (the paper's Table III)", ""]

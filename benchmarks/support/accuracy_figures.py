@@ -38,17 +38,25 @@ class Point:
     loss_se: float
 
 
-def points(records: Sequence[Record]) -> list[Point]:
-    """The points of these records, from the lowest KL on."""
-    found = []
-    for r in records:
-        for steps, tasks in r["metrics"].items():
-            for task in tasks:
-                marks, n = task["accuracy"], task["examples"]
-                changed = (marks["only_base"] + marks["only_this"]) / n
-                loss = marks["loss"], marks["loss_se"]
-                found.append(Point(adapter(r), steps, task["task"], n, task["kl"], changed, *loss))
+def points(exact: Sequence[Record], served: Sequence[Record]) -> list[Point]:
+    """The points of these records, from the lowest KL on.
+
+    Args:
+        exact: of `accuracy_over_kl.py`
+        served: of `quality.py`; of their tasks, those that `exact` has too
+    """
+    found = [_point(r, "exact", task) for r in exact for task in r["metrics"].get("exact", ())]
+    names = {p.task for p in found}
+    tasks = [(r, task) for r in served for task in r["metrics"]["tasks"] if task["task"] in names]
+    found += [_point(r, "served", task) for r, task in tasks]
     return sorted(found, key=lambda p: p.kl)
+
+
+def _point(r: Record, steps: str, task: dict[str, Any]) -> Point:
+    marks, n = task["accuracy"], task["examples"]
+    changed = (marks["only_base"] + marks["only_this"]) / n
+    loss = marks["loss"], marks["loss_se"]
+    return Point(adapter(r), steps, task["task"], n, task["kl"], changed, *loss)
 
 
 def slope(of: Sequence[Point], field: str = "changed") -> float:

@@ -14,23 +14,31 @@ Record = dict[str, Any]
 def questions(records: Sequence[Record]) -> list[str]:
     """Accuracy by task, and the mean loss over all tasks, for each adapter that was asked."""
     names = ("adapter", "task", "questions", "scored at LoRA steps", "accuracy", "base")
-    names += ("loss, points", "p", "KL to base")
+    names += ("loss, points", "p", "per byte: accuracy", "base", "loss, points", "KL to base")
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for r in records:
         name, tasks = adapter(r), r["metrics"]["tasks"]
         marks = [Comparison(**task["accuracy"]) for task in tasks]
         lines += [
             f"| {name} | {task['task']} | {task['examples']} | {task['lora_share']:.0%} "
-            f"| {m.share:.1%} | {m.base:.1%} "
-            f"| {100 * m.loss:.1f} ± {100 * m.loss_se:.1f} | {m.p_value:.2g} "
-            f"| {_kl(task)} |"
+            f"| {_marks(m)} | {m.p_value:.2g} | {_per_byte(task)} | {_kl(task)} |"
             for task, m in zip(tasks, marks)
         ]
         mean = MeanLoss.of(marks)
         interval = f"{100 * mean.low:.1f} to {100 * mean.high:.1f}"
         mean_loss = f"{100 * mean.loss:.1f} ({interval})"
-        lines.append(f"| {name} | mean of {mean.tasks} | | | | | {mean_loss} | | |")
+        lines.append(f"| {name} | mean of {mean.tasks} | | | | | {mean_loss} | | | | | |")
     return lines
+
+
+def _marks(m: Comparison) -> str:
+    return f"{m.share:.1%} | {m.base:.1%} | {100 * m.loss:.1f} ± {100 * m.loss_se:.1f}"
+
+
+def _per_byte(task: dict[str, Any]) -> str:
+    """By log-probability per byte, as lm-eval's `acc_norm`; nothing for a task without choices."""
+    found = task["accuracy_per_byte"]
+    return _marks(Comparison(**found)) if found else "– | – | –"
 
 
 def _kl(task: dict[str, Any]) -> str:

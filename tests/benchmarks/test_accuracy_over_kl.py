@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accuracy_over_kl
 import pytest
 import tiny
-from accuracy_over_kl import decoders
 from support.accuracy_figures import accuracy_table, draw_accuracy, kl_at, points, slope
-
-from lora_drop_vllm.decode.decoder import ForcedDecoder
 
 
 def task(kl: float, changed: float, loss: float, name: str = "piqa") -> dict[str, Any]:
@@ -21,20 +19,21 @@ def task(kl: float, changed: float, loss: float, name: str = "piqa") -> dict[str
     return {"task": name, "examples": 100, "kl": kl, "accuracy": marks}
 
 
-RECORD = {
-    "settings": {"adapter": "model/a"},
-    "metrics": {
-        "served": [task(0.64, 0.24, 0.08), task(0.36, 0.2, 0.1, "arc")],
-        "exact": [task(0.04, 0.06, 0.02)],
-    },
+EXACT = {"settings": {"adapter": "model/a"}, "metrics": {"exact": [task(0.04, 0.06, 0.02)]}}
+SERVED = {
+    "settings": {"adapter": "model/b"},
+    "metrics": {"tasks": [task(0.64, 0.24, 0.08), task(0.36, 0.2, 0.1, "arc")]},
 }
 
 
 def test_questions_that_change_sides_are_proportional_to_the_root_of_the_kl() -> None:
-    arc = points([RECORD])[1]
-    assert (arc.task, arc.adapter, arc.steps, arc.questions) == ("arc", "a", "served", 100)
-    piqa = [p for p in points([RECORD]) if p.task == "piqa"]
-    assert [p.kl for p in piqa] == [0.04, 0.64]
+    """Tasks without exact steps beside them have no line."""
+    piqa = points([EXACT], [SERVED])
+    assert [(p.adapter, p.steps, p.task) for p in piqa] == [
+        ("a", "exact", "piqa"),
+        ("b", "served", "piqa"),
+    ]
+    assert [p.kl for p in piqa] == [0.04, 0.64] and piqa[0].questions == 100
     assert [p.changed for p in piqa] == pytest.approx([0.06, 0.24])
     assert slope(piqa) == pytest.approx(0.3)
     assert slope(piqa, "loss") == pytest.approx(0.1)
@@ -42,20 +41,21 @@ def test_questions_that_change_sides_are_proportional_to_the_root_of_the_kl() ->
 
 
 def test_the_table_has_the_points_and_the_kl_at_a_loss(tmp_path: Path) -> None:
-    lines = accuracy_table(points([RECORD]), [0.05])
+    lines = accuracy_table(points([EXACT], [SERVED]), [0.05])
     assert "| a | exact | piqa | 100 | 0.040 | 6.0% | 0.300 | 2.0 ± 1.0 |" in lines
     assert "| task, by its line | KL at a loss of 5.00 points |" in lines
     assert lines[-1] == "| piqa | 0.250 |"
     pytest.importorskip("matplotlib")
-    draw_accuracy(points([RECORD]), tmp_path / "drawn.png")
+    draw_accuracy(points([EXACT], [SERVED]), tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(("kv", "wanted"), [("skip", ["served", "exact"]), ("write", ["served"])])
-def test_only_holes_have_exact_steps(
-    models: dict[str, Path], tmp_path: Path, kv: str, wanted: list[str]
+def test_without_holes_there_is_nothing_to_measure(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.make_adapter(tmp_path / "a", models["llama"], drop_layers=[3, 4], k=3, kv=kv)
-    found = dict(decoders(tiny.load_model(models["llama"]), tmp_path / "a"))
-    assert list(found) == wanted
-    assert type(found["served"]) is ForcedDecoder
+    folder = tmp_path / "a"
+    tiny.make_adapter(folder, models["llama"], drop_layers=[3, 4], k=3, kv="write")
+    arguments = ["model", "--adapter", str(folder), "--tasks", "piqa.jsonl"]
+    monkeypatch.setattr("sys.argv", ["accuracy_over_kl.py", *arguments])
+    with pytest.raises(ValueError, match="kv write leaves no holes"):
+        accuracy_over_kl.main()
