@@ -77,8 +77,8 @@ check: install
 # a served model on a CPU: 20 minutes on 2 cores, 18 GB; docs/measuring.md says how
 BENCH := $(BIN)/python benchmarks/serve_latency.py --dtype float32
 bench: install
-	$(BENCH) --context 32 --tokens 9 --rounds 50 --kv-tokens 480
-	$(BENCH) --model 1b --context 16 --tokens 8 --rounds 15 --kv-tokens 0
+	$(BENCH) --context 32 --tokens 17 --rounds 30 --kv-tokens 480
+	$(BENCH) --model 1b --context 16 --tokens 12 --rounds 12 --kv-tokens 0
 	$(BIN)/python benchmarks/kv_saving.py
 	$(BIN)/python benchmarks/record.py
 
