@@ -110,8 +110,7 @@ def annotate_engine(engine: Any) -> None:
         if drops:
             annotate(layer, "lora_step", DROP)
     for kept in {layer.kept for layer in runner.model.model.layers if hasattr(layer, "kept")}:
-        annotate(kept, "enter", SAVING)
-        annotate(kept, "leave", SAVING)
+        annotate(kept, "take", SAVING)
     annotate(engine, "step", STEP)
 
 

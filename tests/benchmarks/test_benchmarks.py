@@ -156,6 +156,18 @@ def test_parts_of_a_step_are_its_time_without_what_they_contain() -> None:
     assert beyond["scheduler"] == -2.0 and beyond[step_breakdown.DROP] == 0.0
 
 
+@pytest.mark.engine
+def test_a_profiled_step_has_the_parts_of_its_kind(models: dict[str, Path]) -> None:
+    """The parts are found by the names of our classes and of vLLM's, which may change."""
+    given = step_breakdown.parse(["--tokens", "25", "--prompt", "8"])
+    settings = {"untrained": True, "drop_layers": [3, 4], "k": 3}
+    found, _ = step_breakdown.profile(models["llama"], settings, given)
+    nowhere = {
+        kind: {p for p in step_breakdown.PARTS if not found[kind][p]} for kind in ("full", "lora")
+    }
+    assert nowhere == {"full": set(), "lora": {step_breakdown.SAVING}}
+
+
 def answer(ms: float, tokens: list[int]) -> Block:
     stamps = tuple(1 + n * ms / 1000 for n in range(len(tokens)))
     return Block([Answer(0.0, stamps, tuple(tokens), len(tokens))], None)
