@@ -12,8 +12,6 @@ import decode_latency
 import pytest
 import quality_tables
 import soak
-import step_breakdown
-from step_breakdown import Span
 from support import peers, quality_records, record, tables
 from support.serve_figures import Block
 from support.servers import Subject
@@ -132,40 +130,6 @@ def test_capacity_counts_who_runs_at_once(lora_steps: int, monkeypatch: pytest.M
     assert found["stock"]["tokens_per_s"] == 50 and found["lora_drop"]["tokens_per_s"] == 70
     written = {"benchmark": "capacity", "settings": vars(given), "metrics": found}
     assert "5 → 7" in tables.of([written | {"machine": {"cpu": "c", "cores": 2}}])
-
-
-def test_parts_of_a_step_are_its_time_without_what_they_contain() -> None:
-    """A step of 10 ms: 2 of scheduler, 6 of layers of which 1 fills states; one call outside."""
-    spans = [
-        Span("scheduler", 0.5, 0.9),
-        Span(step_breakdown.STEP, 1.0, 11.0),
-        Span("scheduler", 1.0, 3.0),
-        Span(step_breakdown.DROP, 4.0, 10.0),
-        Span(step_breakdown.SAVING, 9.0, 10.0),
-        Span(step_breakdown.STEP, 11.0, 12.0),
-    ]
-    first, second = step_breakdown.own_times(spans)
-    assert {part: t for part, t in first.items() if t} == {
-        "scheduler": 2.0,
-        step_breakdown.DROP: 5.0,
-        step_breakdown.SAVING: 1.0,
-        step_breakdown.STEP: 2.0,
-    }
-    assert sum(second.values()) == 1.0
-    beyond = step_breakdown.gap(second, first)  # what D costs is all gap, other parts by difference
-    assert beyond["scheduler"] == -2.0 and beyond[step_breakdown.DROP] == 0.0
-
-
-@pytest.mark.engine
-def test_a_profiled_step_has_the_parts_of_its_kind(models: dict[str, Path]) -> None:
-    """The parts are found by the names of our classes and of vLLM's, which may change."""
-    given = step_breakdown.parse(["--tokens", "25", "--prompt", "8"])
-    settings = {"untrained": True, "drop_layers": [3, 4], "k": 3}
-    found, _ = step_breakdown.profile(models["llama"], settings, given)
-    nowhere = {
-        kind: {p for p in step_breakdown.PARTS if not found[kind][p]} for kind in ("full", "lora")
-    }
-    assert nowhere == {"full": set(), "lora": {step_breakdown.SAVING}}
 
 
 def answer(ms: float, tokens: list[int]) -> Block:
