@@ -21,7 +21,7 @@ def questions(records: Sequence[Record]) -> list[str]:
         marks = [Comparison(**task["accuracy"]) for task in tasks]
         lines += [
             f"| {name} | {task['task']} | {task['examples']} | {task['lora_share']:.0%} "
-            f"| {_marks(m)} | {m.p_value:.2g} | {_per_byte(task)} | {_kl(task)} |"
+            f"| {_marks(m)} | {m.p_value:.2g} | {_per_byte(task)} | {task['kl']:.3f} |"
             for task, m in zip(tasks, marks)
         ]
         mean = MeanLoss.of(marks)
@@ -39,11 +39,6 @@ def _per_byte(task: dict[str, Any]) -> str:
     """By log-probability per byte, as lm-eval's `acc_norm`; nothing for a task without choices."""
     found = task["accuracy_per_byte"]
     return _marks(Comparison(**found)) if found else "– | – | –"
-
-
-def _kl(task: dict[str, Any]) -> str:
-    """The KL of a task; older records have none."""
-    return f"{task['kl']:.3f}" if "kl" in task else "–"
 
 
 def answers(records: Sequence[Record]) -> list[str]:
