@@ -94,8 +94,7 @@ def save_stream(x: Tensor, states: Tensor, site: int, slots: Tensor) -> None:
         states: [L, S, d]  of consecutive sites
         slots:  [T]
     """
-    owners, x = _last(x, slots)
-    states[site].index_copy_(0, owners, x)
+    _scatter(states[site], slots, x)
 
 
 def save_changes(x: Tensor, states: Tensor, gates: Tensor, slots: Tensor) -> None:
@@ -159,6 +158,7 @@ def _last(x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     return owners.index_select(0, rows), x.index_select(0, rows)
 
 
-def _scatter(state: Tensor, slots: Tensor, rows: Tensor) -> None:
-    owned = slots.ge(0).nonzero().squeeze(1)
-    state.index_copy_(0, slots.index_select(0, owned), rows.index_select(0, owned))
+def _scatter(state: Tensor, slots: Tensor, x: Tensor) -> None:
+    """Writes the rows that own a slot to state [S, d]."""
+    owners, x = _last(x, slots)
+    state.index_copy_(0, owners, x)

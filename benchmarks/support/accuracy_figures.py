@@ -45,7 +45,7 @@ def points(exact: Sequence[Record], served: Sequence[Record]) -> list[Point]:
         exact: of `accuracy_over_kl.py`
         served: of `quality.py`; of their tasks, those that `exact` has too
     """
-    found = [_point(r, "exact", task) for r in exact for task in r["metrics"].get("exact", ())]
+    found = [_point(r, "exact", task) for r in exact for task in r["metrics"]["exact"]]
     names = {p.task for p in found}
     tasks = [(r, task) for r in served for task in r["metrics"]["tasks"] if task["task"] in names]
     found += [_point(r, "served", task) for r, task in tasks]
