@@ -37,6 +37,7 @@ def write(
         "settings": settings,
         **({"failed": failed} if failed else {"metrics": metrics}),
         "machine": machine(),
+        "instructions": instructions(),
         "versions": {p: _version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "-uno", ":/", *RECORDED)),
@@ -62,6 +63,13 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def instructions() -> str:
+    """The widest vector instructions that torch uses here, such as AVX2; CPU names hide them."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _cpu_name() -> str:

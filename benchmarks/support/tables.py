@@ -206,9 +206,11 @@ def _with_interval(metrics: dict[str, Any]) -> str:
 
 
 def machine_name(r: Record) -> str:
-    """The GPU of a record's machine, or its CPU and cores."""
+    """The GPU of a record's machine, or its CPU, cores and, in newer records, instructions."""
     found = r["machine"]
-    return found.get("gpu") or f"{found['cores']} cores of {found['cpu']}"
+    cpu = f"{found['cores']} cores of {found['cpu']}"
+    cpu += f", {r['instructions']}" if "instructions" in r else ""
+    return found.get("gpu") or cpu
 
 
 DROPS = {"block": "layers", "attn_mlp": "layers, in halves", "attn": "attention"}

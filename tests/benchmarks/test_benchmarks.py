@@ -12,6 +12,7 @@ import decode_latency
 import pytest
 import quality_tables
 import soak
+import torch
 from support import peers, quality_records, record, tables
 from support.serve_figures import Block
 from support.servers import Subject
@@ -87,6 +88,16 @@ def test_a_record_says_what_drops_and_that_the_context_was_filled(
     machine = {"cpu": "c", "cores": 2}
     row = tables.decode_latency({"settings": filled, "metrics": metrics, "machine": machine})[0]
     assert row[:3] == ["1b shape, eager, filled context", "8 × 1024", "attention"]
+    assert row[-1] == "2 cores of c"
+
+
+def test_a_record_says_how_wide_the_cpu_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "machine", lambda: {"cpu": "c", "cores": 2})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert tables.machine_name(record.write("any", {}, {})) == "2 cores of c, AVX512"
 
 
 @pytest.mark.parametrize("guess", [1, 4, 7, 9], ids=lambda n: f"from {n}")
