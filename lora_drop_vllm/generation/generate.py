@@ -53,7 +53,7 @@ def generate(
     settings: Generation,
     *,
     count: int | None = None,
-    batch: int = 64,
+    batch: int = 192,
     prompts: Path | None = None,
     openings: Sequence[str] = (),
     exclude: Sequence[str | Path] = (),
