@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from lora_drop_vllm.config import LoRADropConfig, LoRADropConfigError
 
 if TYPE_CHECKING:
-    from vllm.config import OffloadConfig, VllmConfig
+    from vllm.config import ModelConfig, OffloadConfig, VllmConfig
 
 LEAVE_OUT = "leave it out"
 # what tests on CPU kernels show to work
@@ -71,7 +73,7 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
         (vllm_config.lora_config is not None, "--enable-lora", LEAVE_OUT),
         (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", LEAVE_OUT),
         (vllm_config.ec_transfer_config is not None, "--ec-transfer-config", LEAVE_OUT),
-        (model.quantization not in QUANTIZED, f"--quantization {model.quantization}", OTHER_KIND),
+        *_quantization(model, device),
         (model.enable_prompt_embeds, "--enable-prompt-embeds", LEAVE_OUT),
         (bool(model.logits_processors), "--logits-processors", LEAVE_OUT),
         (cache.cache_dtype not in KV_DTYPES, f"--kv-cache-dtype {cache.cache_dtype}", LEAVE_OUT),
@@ -95,6 +97,33 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             "unset VLLM_USE_V2_MODEL_RUNNER",
         ),
     ]
+
+
+def _quantization(model: ModelConfig, device: str) -> list[tuple[bool, str, str]]:
+    flag = f"--quantization {model.quantization}"
+    settings = getattr(model.hf_config, "quantization_config", None) or {}
+    groups = (settings.get("config_groups") or {}).values()
+    formats = [settings.get("format"), *(group.get("format") for group in groups)]
+    by_name = model.quantization not in (None, "compressed-tensors")
+    int4 = by_name or "pack-quantized" in formats
+    return [
+        (model.quantization not in QUANTIZED, flag, OTHER_KIND),
+        (
+            device == "cpu" and int4 and not has_int4_kernel(),
+            f"INT4 weights ({flag}) on a CPU without AVX-512, for which vLLM has no kernel",
+            "serve an FP8 copy, or the model that is not quantized",
+        ),
+    ]
+
+
+def has_int4_kernel() -> bool:
+    """True if vLLM's CPU library for this processor computes with INT4 weights.
+
+    vLLM itself would start without, and end at the first step.
+    """
+    import vllm._custom_ops  # noqa: F401 - loads the library
+
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
 def _offloading(offload: OffloadConfig) -> list[tuple[bool, str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from environment import V2
 from serving import PROMPT, Serve, distance, settings_of
 from tiny import load_model, make_adapter
@@ -16,6 +17,9 @@ from tiny import load_model, make_adapter
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(V2, reason="the interpreter's attention has no FP8 cache on a CPU"),
+    pytest.mark.skipif(
+        not torch.cpu._is_avx512_supported(), reason="vLLM's FP8 cache on a CPU needs AVX-512"
+    ),
 ]
 
 TOKENS, K, DROP = 40, 3, [3, 4, 6]

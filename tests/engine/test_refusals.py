@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quantized_tiny import quantize
+from tiny import load_model
 
 pytestmark = pytest.mark.engine
 
@@ -54,6 +57,19 @@ def test_unsupported_engine_features(models: dict[str, Path], case: str) -> None
     args, feature = REFUSED[case]
     with pytest.raises(ValueError, match=f"does not support {feature}"):
         engine_config(models["llama"], **args)
+
+
+@pytest.mark.parametrize("kind", ["int4", "gptq", "awq", "int8", "fp8"])
+def test_int4_weights_without_a_kernel(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """vLLM would start on such a CPU, and end at the first step."""
+    monkeypatch.setattr("lora_drop_vllm.engine.refusals.has_int4_kernel", lambda: False)
+    quantize(load_model(models["qwen2"]), tmp_path, kind)
+    four_bits = kind not in ("int8", "fp8")
+    error = pytest.raises(ValueError, match=r"INT4 weights \(--quantization .* without AVX-512")
+    with error if four_bits else contextlib.nullcontext():
+        engine_config(tmp_path)
 
 
 def test_no_settings_says_what_to_pass(models: dict[str, Path]) -> None:

@@ -17,9 +17,13 @@ Parts = dict[str, Tensor]
 
 
 def int8(weight: Tensor) -> tuple[Parts, Tensor]:
-    """compressed-tensors' W8A8: one scale per output channel."""
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    q = (weight / scale).round().clamp(-127, 127)
+    """compressed-tensors' W8A8: one scale per output channel.
+
+    Codes use seven of the eight bits: oneDNN adds products in pairs of 16 bits where the processor
+    has no VNNI, and larger codes would overflow them (docs/quantized.md).
+    """
+    scale = weight.abs().amax(1, keepdim=True) / 63
+    q = (weight / scale).round().clamp(-63, 63)
     return {"weight": q.to(torch.int8), "weight_scale": scale}, q * scale
 
 
