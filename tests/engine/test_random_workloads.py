@@ -110,7 +110,11 @@ SETTINGS = {
     "skip-attn_mlp": ({"injection": "attn_mlp"}, "qwen2", {"max_num_batched_tokens": 17}),
     "skip-attn": ({"injection": "attn"}, "llama", {"max_num_batched_tokens": 33}),
     "skip-mixed": ({"injection": "mixed"}, "qwen2", {"async_scheduling": True}),
-    "write-previous": ({"kv": "write", "reuse": "previous"}, "qwen2_tied", {"block_size": 32}),
+    "write-previous": (
+        {"kv": "write", "reuse": "previous"},
+        "qwen2_tied",
+        {"block_size": 32, "num_gpu_blocks_override": 7},  # one request of full length fits
+    ),
 }
 ESSENTIAL = "skip-update"
 
