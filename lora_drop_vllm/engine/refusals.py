@@ -9,11 +9,12 @@ import torch
 from lora_drop_vllm.config import LoRADropConfig, LoRADropConfigError
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, OffloadConfig, VllmConfig
+    from vllm.config import ModelConfig, OffloadConfig, ParallelConfig, VllmConfig
 
 LEAVE_OUT = "leave it out"
 # what tests on CPU kernels show to work
 KV_DTYPES = ("auto", "fp8", "fp8_e4m3")
+EXECUTORS = (None, "uni", "mp", "ray", "external_launcher")
 OTHER_KIND = "use a checkpoint by compressed-tensors, AWQ or GPTQ"
 QUANTIZED = (None, "compressed-tensors", "awq", "auto_awq", "gptq", "auto_gptq")
 
@@ -58,17 +59,10 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     return [
         (model.runner_type != "generate", f"--runner {model.runner_type}", "use it to generate"),
         (vllm_config.speculative_config is not None, "speculative decoding", LEAVE_OUT),
-        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size > 1", "set it to 1"),
-        (
-            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism",
-            "set it to 1",
-        ),
-        (parallel.enable_dbo, "--enable-dbo", LEAVE_OUT),
+        *_parallelism(parallel),
         (envs.VLLM_USE_BREAKABLE_CUDAGRAPH, "VLLM_USE_BREAKABLE_CUDAGRAPH=1", "unset it"),
         # the kind of a request's steps depends on who else is in the batch
         (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT=1", "unset it"),
-        (parallel.worker_cls != "auto", "--worker-cls", LEAVE_OUT),
         (scheduler.scheduler_cls is not None, "--scheduler-cls", LEAVE_OUT),
         (vllm_config.lora_config is not None, "--enable-lora", LEAVE_OUT),
         (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", LEAVE_OUT),
@@ -90,11 +84,50 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             "models with sliding-window attention",
             "serve it without --model-impl lora_drop",
         ),
+        # its model is built by another process, with that process's adapter
+        (vllm_config.load_config.load_format == "ipc_cache", "--load-format ipc_cache", LEAVE_OUT),
+        *_device(vllm_config, device),
+    ]
+
+
+def _parallelism(parallel: ParallelConfig) -> list[tuple[bool, str, str]]:
+    from vllm import envs
+
+    executor = parallel.distributed_executor_backend
+    return [
+        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size > 1", "set it to 1"),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism",
+            "set it to 1",
+        ),
+        (parallel.enable_dbo, "--enable-dbo", LEAVE_OUT),
+        (parallel.worker_cls != "auto", "--worker-cls", LEAVE_OUT),
+        # these executors may call the model runner past our worker, which gives each step its plan
+        (
+            executor == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
+            "unset it",
+        ),
+        (executor not in EXECUTORS, f"--distributed-executor-backend {executor}", LEAVE_OUT),
+    ]
+
+
+def _device(vllm_config: VllmConfig, device: str) -> list[tuple[bool, str, str]]:
+    from vllm.platforms import current_platform
+
+    return [
         (device not in ("cpu", "cuda"), f"the device {device}", "use a CPU or a CUDA GPU"),
         (
             device == "cuda" and not vllm_config.use_v2_model_runner,
             "the V1 model runner on a GPU",
             "unset VLLM_USE_V2_MODEL_RUNNER",
+        ),
+        # at ranks above 32 the kernels' tiles do not fit into the shared memory of older ones
+        (
+            device == "cuda" and not current_platform.has_device_capability(80),
+            "GPUs below compute capability 8.0",
+            "use a newer one",
         ),
     ]
 

@@ -23,9 +23,10 @@ pytestmark = [
 ]
 
 TOKENS = 9
-# VLLM_USE_AOT_COMPILE, VLLM_USE_MEGA_AOT_ARTIFACT: what torch 2.11 takes, the usual one of GPUs,
-# then what torch 2.12 and torch 2.9 take, then what nobody should
-CACHES = {"torch-2.11": "10", "torch-2.12": "11", "torch-2.9": "00", "mixed": "01"}
+# VLLM_USE_AOT_COMPILE, VLLM_USE_MEGA_AOT_ARTIFACT: what torch 2.12 and later take, as on GPUs,
+# then what torch 2.11 and torch 2.9 take, then what nobody should
+CACHES = {"torch-2.12": "11", "torch-2.11": "10", "torch-2.9": "00", "mixed": "01"}
+USUAL = "torch-2.12"
 MODELS = [
     pytest.param(family, reuse, kv, injection, id=f"{family}-{reuse}-{kv}-{injection}")
     for family in ("llama", "qwen2")
@@ -46,14 +47,14 @@ LITE = {"inductor_compile_config": {"fallback_by_default": True}}
 
 def cases() -> list[Any]:
     """Every model in the usual cache, two of them in every cache; `make test` runs two, lite."""
-    lite = [pytest.param("torch-2.11", True, *model.values, id=f"lite-{model.id}") for model in TWO]
+    lite = [pytest.param(USUAL, True, *model.values, id=f"lite-{model.id}") for model in TWO]
     return lite + [
         pytest.param(
             cache, False, *model.values, id=f"{cache}-{model.id}", marks=pytest.mark.matrix
         )
         for cache in CACHES
         for model in MODELS
-        if model in TWO or cache == "torch-2.11"
+        if model in TWO or cache == USUAL
     ]
 
 

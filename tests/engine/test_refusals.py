@@ -13,6 +13,10 @@ import pytest
 from quantized_tiny import quantize
 from tiny import load_model
 
+from lora_drop_vllm.config import LoRADropConfig
+from lora_drop_vllm.engine.activation import active_config
+from lora_drop_vllm.engine.refusals import check_supported
+
 pytestmark = pytest.mark.engine
 
 UNTRAINED = {"untrained": True}
@@ -32,12 +36,31 @@ def engine_config(model: Path, settings: Any = UNTRAINED, **args: Any) -> Any:
     ).create_engine_config()
 
 
+def stock_config(model: Path) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(str(model), skip_tokenizer_init=True, enforce_eager=True)
+    return args.create_engine_config()
+
+
+def before_the_plugin(model: Path) -> tuple[Any, LoRADropConfig]:
+    """vLLM's settings as the plugin sees them, to be changed to what no CPU can have; ours."""
+    config = stock_config(model)
+    config.parallel_config.worker_cls = "auto"
+    return config, active_config(engine_config(model))
+
+
 REFUSED = {
     "speculation": (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
         "speculative decoding",
     ),
     "pipeline": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size > 1"),
+    "executor": (
+        {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"},
+        "--distributed-executor-backend vllm",
+    ),
+    "ipc_cache": ({"load_format": "ipc_cache"}, "--load-format ipc_cache"),
     "lora": ({"enable_lora": True}, "--enable-lora"),
     "nvfp4_cache": ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4"),
     "e5m2_cache": ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2"),
@@ -57,6 +80,31 @@ def test_unsupported_engine_features(models: dict[str, Path], case: str) -> None
     args, feature = REFUSED[case]
     with pytest.raises(ValueError, match=f"does not support {feature}"):
         engine_config(models["llama"], **args)
+
+
+def test_rays_older_executor(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls the model runner past the worker, which would serve full steps as LoRA steps."""
+    config, settings = before_the_plugin(models["llama"])
+    config.parallel_config.distributed_executor_backend = "ray"  # Ray itself is not installed
+    error = pytest.raises(ValueError, match="does not support VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0")
+    for newer in ("0", "1"):
+        monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", newer)
+        with error if newer == "0" else contextlib.nullcontext():
+            check_supported(config, settings)
+
+
+def test_an_old_gpu(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    config, settings = before_the_plugin(models["llama"])
+    config.device_config.device_type = "cuda"
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    for capability in (75, 80):
+        at_least = lambda wanted, has=capability: has >= wanted  # noqa: E731
+        monkeypatch.setattr(current_platform, "has_device_capability", at_least)
+        error = pytest.raises(ValueError, match=r"support GPUs below compute capability 8\.0")
+        with error if capability < 80 else contextlib.nullcontext():
+            check_supported(config, settings)
 
 
 @pytest.mark.parametrize("kind", ["int4", "gptq", "awq", "int8", "fp8"])
@@ -118,11 +166,7 @@ def test_sliding_window_layers(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_the_plugin_changes_nothing_when_not_asked_for(models: dict[str, Path]) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    config = EngineArgs(
-        str(models["llama"]), skip_tokenizer_init=True, enforce_eager=True
-    ).create_engine_config()
+    config = stock_config(models["llama"])
     assert config.scheduler_config.scheduler_cls is None
     assert config.parallel_config.worker_cls.startswith("vllm.")
     assert config.model_config.hf_config.architectures == ["LlamaForCausalLM"]
