@@ -100,7 +100,7 @@ bench-more: install
 	$(BIN)/python benchmarks/record.py
 
 # layers that drop whole beside their attention alone: contexts up to 8 x 8192 tokens, KV, capacity;
-# docs/measuring.md says how long it takes and what memory it needs
+# docs/measuring.md says how long its parts take
 bench-attention: install
 	for injection in block attn; do $(BIN)/python benchmarks/decode_latency.py --model 1b \
 		--injection $$injection --batch 1 8 --prompt 128 1024 4096 8192 --filled --tokens 13 \

@@ -1,4 +1,4 @@
-"""Writes prompts of worked examples, like those that `rho25-skip` learned to answer.
+"""Writes prompts of worked examples, like those that the `rho` adapters learned to answer.
 
 A prompt is plain text: some questions with answers, and a last question without one. They are word
 problems with small numbers and, given conversations, users' turns with the first sentence of the

@@ -110,7 +110,8 @@ def by_settings(*further: str) -> list[list[dict[str, Any]]]:
 
 def settings_key(record: dict[str, Any], *further: str) -> str:
     """Key that is equal for records which `by_settings` groups."""
-    settings = record["settings"] | {"rounds": None}
+    # older records do not say that all engines were alive at once, as they always were on a CPU
+    settings = {"together": True} | record["settings"] | {"rounds": None}
     key = [record[name] for name in ("benchmark", "machine", *further)]
     return json.dumps([key, settings], sort_keys=True)
 
