@@ -76,12 +76,14 @@ def _draw_rho(axes: Any, colour: str, shown: list[Point]) -> None:
 
 
 def _draw_peers(axes: Any, shown: list[Point]) -> None:
-    for p in shown:
+    for i, p in enumerate(shown):
         ours = p.label.startswith("LoRA-Drop")
         colour, marker, size = (COLOURS[0.25], "*", 16) if ours else (GREY, "s", 7)
         axes.plot(p.kl, p.speed_up, marker, color=colour, markersize=size)
+        above = sum(p.kl == q.kl and abs(p.speed_up - q.speed_up) < 0.03 for q in shown[:i])
         far = p.kl > 2
-        _label(axes, p.label, p, (4, 10) if far else (11, 2), colour, ha="right" if far else "left")
+        offset = (4, 10) if far else (11, 2 + 14 * above)
+        _label(axes, p.label, p, offset, colour, ha="right" if far else "left")
 
 
 def _label(
@@ -100,5 +102,5 @@ def _legend() -> list[Any]:
 
     return [
         entry("*", f"trained adapter, k = {K}", markersize=13),
-        entry("o", "adapter in closed form, k = 1, 2, 3, 5", markerfacecolor="white", mew=1.7),
+        entry("o", "fitted adapter, k = 1, 2, 3, 5", markerfacecolor="white", mew=1.7),
     ]
