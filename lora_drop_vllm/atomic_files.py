@@ -8,6 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_file(flag: str, path: Path) -> None:
+    """Raises ValueError unless a file can be written at a path, before the work that fills it."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{flag} {path}: cannot be written; name another file")
+
+
+def check_folder(flag: str, path: Path) -> None:
+    """Raises ValueError unless a folder can be made or written at a path, before the work."""
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"{flag} {path}: {nearest} is no folder that can be written; name another")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Path of a new file to write; it replaces `path` if the block succeeds, else it is deleted.

@@ -16,13 +16,16 @@ FIGURES = "evaluation.json"  # beside the card: what `lora-drop evaluate --json`
 OURS = "# written by lora-drop, which keeps a card without this line as it is"
 
 
-def write_card(folder: Path, config: AdapterConfig, made_by: str = "") -> None:
-    """Writes the card of the adapter in a folder, with the figures of an evaluation there, if any.
+def write_card(
+    folder: Path, config: AdapterConfig, made_by: str = "", report: dict[str, Any] | None = None
+) -> None:
+    """Writes the card of the adapter in a folder, with the figures of its evaluation, if given.
 
     A card that somebody else wrote stays.
 
     Args:
         made_by: what made the adapter, one line; empty: what the old card says
+        report: what `lora-drop evaluate --json` writes
     """
     card = folder / CARD
     old = card.read_text().splitlines() if card.is_file() else []
@@ -30,7 +33,8 @@ def write_card(folder: Path, config: AdapterConfig, made_by: str = "") -> None:
         return
     made_by = made_by or next((line for line in old if line.startswith("Made by")), "")
     with replacing(card) as scratch:
-        scratch.write_text("\n".join([*_front_matter(config), *_body(folder, config, made_by), ""]))
+        lines = [*_front_matter(config), *_body(config, made_by, report), ""]
+        scratch.write_text("\n".join(lines))
 
 
 def _front_matter(config: AdapterConfig) -> Iterator[str]:
@@ -44,7 +48,7 @@ def _front_matter(config: AdapterConfig) -> Iterator[str]:
     yield "---"
 
 
-def _body(folder: Path, config: AdapterConfig, made_by: str) -> Iterator[str]:
+def _body(config: AdapterConfig, made_by: str, report: dict[str, Any] | None) -> Iterator[str]:
     base, n, sites = config.base_model, config.base_model.num_hidden_layers, config.sites
     saved = kv_saving(n, len(sites.layers), config.k) if config.kv == "skip" else 0.0
     name = config.base_model_name_or_path
@@ -64,7 +68,7 @@ def _body(folder: Path, config: AdapterConfig, made_by: str) -> Iterator[str]:
     settings = json.dumps({"lora_drop": {"adapter": "PATH_OR_NAME_OF_THIS_ADAPTER"}})
     command = f"vllm serve {name} --model-impl lora_drop --additional-config '{settings}'"
     yield from ("", "## Use", "", "    pip install lora_drop_vllm", f"    {command}")
-    if figures := _figures(folder / FIGURES):
+    if figures := _figures(report or {}):
         yield from ("", "## Quality beside the base model", "", *figures)
 
 
@@ -96,11 +100,8 @@ def _settings(config: AdapterConfig) -> Iterator[tuple[str, str]]:
         yield f"`{key}`", f"{getattr(config, key)}"
 
 
-def _figures(path: Path) -> list[str]:
+def _figures(found: dict[str, Any]) -> list[str]:
     """Tables of an evaluation's figures; empty without an evaluation."""
-    if not path.is_file():
-        return []
-    found: dict[str, Any] = json.loads(path.read_text())
     text = [
         (f"{found[part]['file']}, {kind} steps", *(f"{step[key]:.3f}" for key in STEP_FIGURES))
         for part in ("text", "chat")
@@ -109,7 +110,7 @@ def _figures(path: Path) -> list[str]:
     ]
     tasks = [
         (task["task"], f"{task['accuracy']['share']:.3f}", f"{task['accuracy']['base']:.3f}")
-        for task in found["tasks"]
+        for task in found.get("tasks", ())
     ]
     tables = []
     if text:

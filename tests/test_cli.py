@@ -56,6 +56,31 @@ def test_a_reader_that_stops_reading_is_no_error(models: dict[str, Path]) -> Non
         assert process.stderr.read() == b"" and process.wait() == 141
 
 
+def test_what_cannot_be_written_is_one_line(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    model, out = str(models["llama"]), str(tmp_path / "file" / "sub")
+    for command in ("fit", "train", "profile"):
+        assert main([command, model, "--corpus", "none.txt", "--out", out]) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert f"--out {out}: {tmp_path / 'file'} is no folder" in error[-1]
+    assert main(["cost", model, "--json", out]) == 2
+    assert f"lora-drop: {out}: Not a directory" in capsys.readouterr().err.splitlines()
+
+
+def test_layers_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, value, said in (
+        ("--drop-attention", "all", "all: expected layers such as 10-16 or 3,5,9"),
+        ("--layers", "16-10", "16-10: expected the lower number first, 10-16"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", "model", flag, value, "--out", "out"])
+        assert said in capsys.readouterr().err
+    assert main(["demo", "--untrained", "--adapter", "folder"]) == 2
+    assert "--untrained: --adapter folder would not be used" in capsys.readouterr().err
+
+
 def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: str) -> None:
         raise BrokenPipeError("a worker is gone")

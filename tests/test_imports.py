@@ -19,8 +19,8 @@ Graph = dict[str, set[str]]  # module to the modules that it imports
 ORDER = (
     # helpers, the package itself and its data: they import nothing of ours
     (
-        *("lora_drop_vllm", "adapters", "atomic_files", "cache", "families", "opinions", "plots"),
-        "server_process",
+        *("lora_drop_vllm", "adapters", "atomic_files", "cache", "families", "json_lines"),
+        *("opinions", "plots", "server_process"),
     ),
     ("method", "kernels"),
     ("config", "hub", "model_card"),

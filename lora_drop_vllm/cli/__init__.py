@@ -28,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
             raise  # another pipe broke
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a file that a check beforehand could not foresee
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"lora-drop: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def _reader_is_gone(pipe: int) -> bool:

@@ -75,6 +75,8 @@ def settings(
     given: dict[str, Any] = {"k": k}
     if rho is not None:
         given["rho"] = rho
+    if untrained and adapter:
+        raise ValueError(f"--untrained: --adapter {adapter} would not be used; leave one out")
     if untrained or not (adapter or BUNDLED_ADAPTER.is_dir()):
         return {"untrained": True, **given}
     return {"adapter": str(adapter or BUNDLED_ADAPTER), **given}

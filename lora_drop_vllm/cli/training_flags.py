@@ -5,7 +5,16 @@ from __future__ import annotations
 from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 
-from lora_drop_vllm.cli.values import MODEL, count, flag, layer_numbers, numbers, positive, shares
+from lora_drop_vllm.cli.values import (
+    MODEL,
+    count,
+    flag,
+    layer_numbers,
+    numbers,
+    only_numbers,
+    positive,
+    shares,
+)
 
 SYSTEMS = "an empty one, and five that name a helpful, terse or expert assistant"
 
@@ -252,7 +261,7 @@ def _layer_flags(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--drop-attention",
-        type=layer_numbers,
+        type=only_numbers,
         default=(),
         metavar="N,...",
         help="further layers of which only the attention drops, such as 10-16 or 3,5,9; without "

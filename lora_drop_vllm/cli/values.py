@@ -53,8 +53,18 @@ def layer_numbers(text: str) -> str | tuple[int, ...]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ArgumentTypeError(f"{text}: expected layers such as 10-16 or 3,5,9")
+        if dash and int(last) < int(first):
+            raise ArgumentTypeError(f"{part}: expected the lower number first, {last}-{first}")
         layers |= set(range(int(first), int(last or first) + 1))
     return tuple(sorted(layers))
+
+
+def only_numbers(text: str) -> tuple[int, ...]:
+    """Layers as for `layer_numbers`, without a name."""
+    layers = layer_numbers(text)
+    if isinstance(layers, str):
+        raise ArgumentTypeError(f"{text}: expected layers such as 10-16 or 3,5,9")
+    return layers
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")  # files that decide a model's answers
 SLICE, SLICES = 1 << 16, 16  # bytes of a large file that its digest reads
@@ -19,7 +20,7 @@ def open_model(model: str) -> tuple[Any, Any]:
         model: folder, or a name in the local Hugging Face cache
 
     Raises:
-        ValueError: the model does not exist, or it is quantized.
+        ValueError: the model does not exist, cannot be read, or is quantized.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -34,7 +35,15 @@ def open_model(model: str) -> tuple[Any, Any]:
         base = AutoModelForCausalLM.from_pretrained(model, dtype="auto" if cuda else torch.float32)
         return base.to("cuda" if cuda else "cpu"), AutoTokenizer.from_pretrained(model)
     except OSError as error:
-        raise ValueError(f"{model}: no such model folder, nor one in the local cache") from error
+        raise _unreadable(model, error) from error
+    except SafetensorError as error:
+        raise ValueError(f"{model}: its weights cannot be read ({error})") from error
+
+
+def _unreadable(model: str, error: OSError) -> ValueError:
+    if Path(model).is_dir():
+        return ValueError(f"{model}: cannot be read ({str(error).strip().splitlines()[0]})")
+    return ValueError(f"{model}: no such model folder, nor one in the local cache")
 
 
 def model_name(model: str) -> str:
@@ -73,7 +82,7 @@ def _folder(model: str) -> Path:
     try:
         found = cached_file(model, "config.json", local_files_only=True)
     except OSError as error:
-        raise ValueError(f"{model}: no such model folder, nor one in the local cache") from error
+        raise _unreadable(model, error) from error
     return Path(str(found)).parent
 
 

@@ -12,18 +12,18 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lora_drop_vllm.atomic_files import replacing
 from lora_drop_vllm.decode.decoder import ForcedDecoder
 from lora_drop_vllm.decode.pretrained import open_model
 from lora_drop_vllm.decode.trainable import Adapter
 from lora_drop_vllm.evaluation.divergence import on_sequences, perplexity
-from lora_drop_vllm.evaluation.gsm8k import gsm8k
-from lora_drop_vllm.evaluation.human_eval import human_eval
+from lora_drop_vllm.evaluation.inputs import Inputs, chat_errors, check_asked, check_source
 from lora_drop_vllm.evaluation.report import (
     PROMPT,
     WINDOW,
@@ -34,54 +34,17 @@ from lora_drop_vllm.evaluation.report import (
 )
 from lora_drop_vllm.evaluation.rollouts import run_rollouts
 from lora_drop_vllm.evaluation.scoring import run_task
-from lora_drop_vllm.evaluation.served_answers import DecodedTask, Decoding, run_decoded
+from lora_drop_vllm.evaluation.served_answers import Decoding, run_decoded
 from lora_drop_vllm.evaluation.significance import MeanLoss
-from lora_drop_vllm.evaluation.tasks import (
-    Example,
-    Task,
-    WordProblem,
-    read_task,
-    read_text,
-    task_path,
-)
-from lora_drop_vllm.generation.generate import read_prompts
+from lora_drop_vllm.evaluation.tasks import task_path
 from lora_drop_vllm.hub import adapter_folder
 from lora_drop_vllm.method.adapter import load_tensors, read_config
 from lora_drop_vllm.model_card import CARD, FIGURES, write_card
 from lora_drop_vllm.server_process import Endpoint, Server
 from lora_drop_vllm.training.chat import Reply
-from lora_drop_vllm.training.corpus import read_corpus
+from lora_drop_vllm.training.corpus import Corpus
 
 DEFAULT_DECODING = Decoding()
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """All that is evaluated on, read before a model is opened.
-
-    Attributes:
-        text: name of the file of text, and what is in it
-        chat: file of conversations
-        forced: tasks with given answers
-        decoded: tasks that a server answers
-        prompts: name of the file of chat prompts, and what is in it
-    """
-
-    text: tuple[str, str] | None
-    chat: Path | None
-    forced: list[Task]
-    decoded: list[DecodedTask]
-    prompts: tuple[str, list[Any]] | None
-
-    @property
-    def here(self) -> bool:
-        """True if something is scored in this process."""
-        return bool(self.text or self.chat or self.forced)
-
-    @property
-    def served(self) -> bool:
-        """True if something is decoded by a server."""
-        return bool(self.decoded or self.prompts)
 
 
 def evaluate(
@@ -115,16 +78,10 @@ def evaluate(
         ValueError: nothing to evaluate on, or input that cannot be used.
         RuntimeError: the server failed.
     """
-    _check_asked(text or chat or tasks, rollouts, decoding.temperature, out)
-    read = [read_task(task_path(str(n), Path(data)), limit, decoding.num_fewshot) for n in tasks]
-    inputs = _Inputs(
-        text=(str(text), read_text(Path(text))) if text else None,
-        chat=Path(chat) if chat else None,
-        forced=[task for task in read if task.form is Example],
-        decoded=[_decoded(task, decoding) for task in read if task.form is not Example],
-        prompts=_prompts(Path(rollouts), limit) if rollouts else None,
-    )
-    _check_source(model, adapter, decoding.url, inputs)
+    check_asked(text or chat or tasks, rollouts, decoding.temperature, out)
+    paths = [task_path(str(name), Path(data)) for name in tasks]
+    inputs = Inputs.read(text, chat, rollouts, paths, limit, decoding)
+    check_source(model, adapter, decoding, inputs)
     adapter = adapter and adapter_folder(adapter)
     result = _named(model, adapter)
     if inputs.served:
@@ -132,12 +89,12 @@ def evaluate(
             result = _ask(result, server, inputs, decoding, out)
     if model and adapter and inputs.here:
         result = _score(result, str(model), Path(adapter), inputs, limit)
-    _write(result, out)
+    try:
+        _write(result, out)
+    except RuntimeError:
+        print(result, flush=True)  # hours of work, on a full disk
+        raise
     return result
-
-
-def _prompts(file: Path, limit: int | None) -> tuple[str, list[Any]]:
-    return file.name, read_prompts(file, "--rollouts")[:limit]
 
 
 def _named(model: str | Path | None, adapter: str | Path | None) -> EvaluateResult:
@@ -149,7 +106,7 @@ def _named(model: str | Path | None, adapter: str | Path | None) -> EvaluateResu
 def _ask(
     result: EvaluateResult,
     server: Endpoint,
-    inputs: _Inputs,
+    inputs: Inputs,
     decoding: Decoding,
     out: str | Path | None,
 ) -> EvaluateResult:
@@ -166,54 +123,17 @@ def _ask(
     return result
 
 
-def _check_asked(
-    other: Any, rollouts: str | Path | None, temperature: float, out: str | Path | None
-) -> None:
-    """Raises ValueError unless there is something to evaluate on, and each setting has a use."""
-    if not (other or rollouts):
-        raise ValueError(
-            "nothing to evaluate on: give --text FILE, --chat FILE, --rollouts or --tasks NAME"
-        )
-    if temperature < 0:
-        raise ValueError(f"--temperature {temperature}: expected 0 (greedy) or more")
-    if temperature and not rollouts:
-        raise ValueError(
-            f"--temperature {temperature}: tasks are decoded greedily; leave it out, or give "
-            "--rollouts"
-        )
-    if out is not None and not Path(out).parent.is_dir():
-        raise ValueError(f"--json {out}: there is no folder {Path(out).parent}; make it first")
-
-
 def _write(result: EvaluateResult, out: str | Path | None) -> None:
     if out is not None:
-        out = Path(out)
-        out.write_text(json.dumps(result.report(), indent=2) + "\n")
+        out, report = Path(out), result.report()
+        with replacing(out) as scratch:
+            scratch.write_text(json.dumps(report, indent=2) + "\n")
         if out.name == FIGURES and (out.parent / CARD).is_file() and result.adapter:
-            write_card(out.parent, result.adapter)
-
-
-def _check_source(
-    model: str | Path | None, adapter: str | Path | None, url: str | None, inputs: _Inputs
-) -> None:
-    """Raises ValueError unless it is clear which model answers each task."""
-    if url and not inputs.served:
-        raise ValueError(
-            f"--url {url}: nothing is decoded by a server, as GSM8K, HumanEval and --rollouts "
-            "are; leave --url out"
-        )
-    if url and not inputs.here:
-        if model or adapter:
-            raise ValueError("MODEL and --adapter: the server at --url has its own; leave both out")
-    elif not (model and adapter):
-        raise ValueError(
-            "MODEL and --adapter DIR: missing; only what a server at --url decodes does without "
-            "them"
-        )
+            write_card(out.parent, result.adapter, report=report)
 
 
 def _score(
-    result: EvaluateResult, model: str, adapter: Path, inputs: _Inputs, limit: int | None
+    result: EvaluateResult, model: str, adapter: Path, inputs: Inputs, limit: int | None
 ) -> EvaluateResult:
     """The result with what is teacher-forced in this process."""
     config = read_config(adapter)
@@ -223,7 +143,7 @@ def _score(
     if inputs.text:
         result = replace(result, text=_on_text(decoder, tokenizer, *inputs.text, limit))
     if inputs.chat:
-        result = replace(result, chat=_on_chat(decoder, tokenizer, inputs.chat, limit))
+        result = replace(result, chat=_on_chat(decoder, tokenizer, *inputs.chat, limit))
     found = [run_task(decoder, tokenizer, task) for task in inputs.forced]
     mean = MeanLoss.of([task.accuracy for task in found]) if len(found) > 1 else None
     return replace(result, tasks=found, mean_loss=mean)
@@ -235,12 +155,6 @@ def _on_text(
     windows = text_windows(tokenizer, text, limit)
     steps = perplexity(decoder, windows, PROMPT, decoder.adapter.config.k)
     return TextResult(file, len(windows), steps)
-
-
-def _decoded(task: Task, decoding: Decoding) -> DecodedTask:
-    if task.form is WordProblem:
-        return gsm8k(task, decoding.num_fewshot)
-    return human_eval(task, decoding.run_code)
 
 
 @contextmanager
@@ -270,9 +184,12 @@ def _server(
         yield server
 
 
-def _on_chat(decoder: ForcedDecoder, tokenizer: Any, file: Path, limit: int | None) -> ChatResult:
+def _on_chat(
+    decoder: ForcedDecoder, tokenizer: Any, file: str, corpus: Corpus, limit: int | None
+) -> ChatResult:
     length: int = decoder.model.config.max_position_embeddings
-    found = read_corpus([file]).rendered(tokenizer, length).documents
+    with chat_errors():
+        found = corpus.rendered(tokenizer, length).documents
     replies = [reply for reply in found if isinstance(reply, Reply)][:limit]
     if not replies:
         raise ValueError(
@@ -280,7 +197,7 @@ def _on_chat(decoder: ForcedDecoder, tokenizer: Any, file: Path, limit: int | No
             "`prompt` and a `completion`"
         )
     steps = on_sequences(decoder, [(r.tokens, r.prompt) for r in replies], decoder.adapter.config.k)
-    return ChatResult(str(file), len(replies), steps)
+    return ChatResult(file, len(replies), steps)
 
 
 def text_windows(tokenizer: Any, text: str, limit: int | None) -> Tensor:

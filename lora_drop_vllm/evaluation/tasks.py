@@ -24,6 +24,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from lora_drop_vllm.json_lines import parse
+
 
 @dataclass(frozen=True)
 class Example:
@@ -123,12 +125,12 @@ def read_task(path: Path, limit: int | None = None, shots: int = 0) -> Task:
         if not line.strip():
             continue
         try:
-            example = _example(json.loads(line))
+            example = _example(parse(line))
             if examples and _form(example) != _form(examples[0]):
                 raise ValueError("not of the form of the lines before; a file holds one task")
             examples.append(example)
-        except UnicodeDecodeError:
-            reasons.append(f"line {row} is not UTF-8")
+        except UnicodeError:
+            reasons.append(f"line {row} is no valid Unicode")
         except json.JSONDecodeError:
             reasons.append(f"line {row} is not JSON")
         except ValueError as error:

@@ -38,6 +38,7 @@ from lora_drop_vllm.generation.generated_file import (
 )
 from lora_drop_vllm.generation.turns import Message
 from lora_drop_vllm.hub import adapter_folder
+from lora_drop_vllm.json_lines import parse
 from lora_drop_vllm.method.adapter import CONFIG_FILE, TENSOR_FILE, load_tensors, read_config
 
 T = TypeVar("T")
@@ -207,15 +208,18 @@ def read_prompts(path: Path, flag: str = "--prompts") -> list[list[Message]]:
 def _read(path: Path, flag: str, of_line: Callable[[dict[str, Any]], T]) -> list[T]:
     found: list[T] = []
     try:
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        for number, line in enumerate(path.read_text().split("\n"), start=1):
             if line.strip():
-                jsonl = path.suffix == ".jsonl"
-                raw = json.loads(line) if jsonl else {"prompt": line.strip()}
                 try:
+                    raw = parse(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
                     found.append(of_line(raw if isinstance(raw, dict) else {}))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number} is no JSON: {error.msg}") from error
+                except UnicodeError as error:
+                    raise ValueError(f"line {number} is no valid Unicode") from error
                 except ValueError as error:
                     raise ValueError(f"line {number} has {error}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {path}: cannot be used ({error})") from error
     if not found:
         raise ValueError(f"{flag} {path}: empty; name a file with prompts in it")
@@ -230,10 +234,17 @@ def _prompt(raw: dict[str, Any]) -> Prompt:
     return _chat(raw)
 
 
+def _is_message(raw: Any) -> bool:
+    return isinstance(raw, dict) and all(isinstance(raw.get(x), str) for x in ("role", "content"))
+
+
 def _chat(raw: dict[str, Any]) -> list[Message]:
     if isinstance(raw.get("prompt"), str):
         return [{"role": "user", "content": raw["prompt"]}]
-    messages: list[Message] = list(raw.get("messages", ()))
+    messages = raw.get("messages", [])
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise ValueError("`messages` that are no list of objects with a `role` and a `content`")
+    messages = list(messages)
     while messages and messages[-1]["role"] != "user":
         messages.pop()
     if not messages:

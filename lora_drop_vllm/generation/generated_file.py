@@ -171,7 +171,7 @@ def read_user_turns(path: Path) -> Iterator[str]:
         ValueError: the file cannot be read.
     """
     try:
-        for line in path.read_text().splitlines():
+        for line in filter(str.strip, path.read_text().split("\n")):
             yield from user_turns(json.loads(line))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -86,7 +86,13 @@ class Checkpoint:
     def check_run(self, run: Mapping[str, Any], folder: Path) -> None:
         """Raises ValueError if the run in the folder has other settings."""
         for name, value in run.items():
-            if (other := self.run.get(name)) != value:
+            if name == "model_digest":
+                if self.run.get(name, value) != value:  # older runs have none
+                    raise ValueError(
+                        f"--out {folder}: holds a run of another model that is called "
+                        f"{run['model']} too; resume it with that model, or choose another --out"
+                    )
+            elif (other := self.run.get(name)) != value:
                 raise ValueError(
                     f"--out {folder}: holds a run with --{name.replace('_', '-')} {other}, not "
                     f"{value}; resume it with that value, or choose another --out"

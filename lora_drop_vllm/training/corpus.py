@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_drop_vllm.json_lines import parse
 from lora_drop_vllm.training.chat import Completed, Conversation, Reply, render
 from lora_drop_vllm.training.self_corpus import SELF, self_corpus
 
@@ -166,9 +167,9 @@ def _read_file(path: Path) -> tuple[list[Document], list[str]]:
                 texts += [] if jsonl else ["\n"]
                 continue
             try:
-                texts.append(_document(json.loads(line)) if jsonl else line.decode())
-            except UnicodeDecodeError:
-                reasons.append(f"line {number} is not UTF-8")
+                texts.append(_document(parse(line)) if jsonl else line.decode())
+            except UnicodeError:
+                reasons.append(f"line {number} is no valid Unicode")
             except (json.JSONDecodeError, KeyError):
                 reasons.append(f"line {number} is no JSON object with {FIELDS}")
     except (OSError, EOFError, zlib.error) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_drop_vllm.atomic_files import check_folder
 from lora_drop_vllm.decode.decoder import base_model
 from lora_drop_vllm.decode.pretrained import model_name, open_model
 from lora_drop_vllm.method.adapter import AdapterConfig, save_adapter
@@ -63,6 +64,7 @@ def fit(
         RuntimeError: the adapter could not be written.
     """
     model, out = str(model), Path(out)
+    check_folder("--out", out)
     texts = read_corpus(corpus, model)
     base, tokenizer = open_model(model)
     settings.check(base_model(base))
@@ -102,4 +104,6 @@ def new_config(
         if profile
         else measure(base, samples, config=plain if layers == "kl" else None)
     )
-    return settings.config(name, of, found.choose(layers, len(plain.drop_layers)))
+    return settings.config(
+        name, of, found.choose(layers, len(plain.drop_layers), settings.injection)
+    )

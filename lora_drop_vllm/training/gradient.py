@@ -100,6 +100,11 @@ class Plan:
                 f"--leave-loops {self.leave_loops} without --rollouts: only the adapter's own "
                 "answers have loops to leave; give --rollouts 80, or leave it out"
             )
+        if self.leave_loops and not self.kl:
+            raise ValueError(
+                f"--leave-loops {self.leave_loops} with --kl 0: it changes the base model's "
+                "distribution, which --kl weighs; give --kl 1, or leave it out"
+            )
         if not self.ce + self.kl + self.hidden > 0:
             raise ValueError("--ce, --kl, --hidden: all 0; give one of them some weight")
 

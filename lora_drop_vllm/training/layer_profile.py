@@ -50,19 +50,22 @@ class Profile:
         alone = {run.first: run.kl for run in runs if run.count == 1}
         return [alone.get(i) for i in range(self.base_model.num_hidden_layers)]
 
-    def scores(self, criterion: str) -> list[float]:
+    def scores(self, criterion: str, injection: str = "block") -> list[float]:
         """Scores of all layers; a layer with a higher score drops sooner (Sec. IV-C).
+
+        Where the KL of the attentions was measured too, it is that of the injection `attn`.
 
         Raises:
             ValueError: the profile was made without that criterion.
         """
         if criterion == "similarity":
             return [sum(row) / len(row) for row in self.similarity]
-        if self.kl is None:
+        kl = self.attention_kl if injection == "attn" and self.attention_runs else self.kl
+        if kl is None:
             raise ValueError("--layers kl: the profile has none; make it with --criterion kl")
-        return [float("-inf") if value is None else -value for value in self.kl]
+        return [float("-inf") if value is None else -value for value in kl]
 
-    def choose(self, choice: str, count: int) -> list[int]:
+    def choose(self, choice: str, count: int, injection: str = "block") -> list[int]:
         """The `count` layers that drop.
 
         `contiguous` takes the measured run of the lowest KL. Without KL, it takes the run of the
@@ -79,7 +82,7 @@ class Profile:
                 f"{', '.join(map(str, sorted({run.count for run in self.runs})))}; make it with "
                 "that --rho, or choose --layers kl"
             )
-        scores = self.scores("kl" if choice == "kl" else "similarity")
+        scores = self.scores("kl" if choice == "kl" else "similarity", injection)
         eligible = eligible_layers(self.base_model.num_hidden_layers)
         return rank_layers(choice, count, eligible, scores)
 

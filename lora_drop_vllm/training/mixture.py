@@ -21,8 +21,8 @@ class MixedPosition(NamedTuple):
 
     @property
     def epoch(self) -> int:
-        """Passes over the source that was read most often."""
-        return max(part.epoch for part in self.parts)
+        """Passes over the source that was read least often; smaller ones repeat meanwhile."""
+        return min(part.epoch for part in self.parts)
 
 
 class MixedRows:

@@ -24,7 +24,8 @@ class Weights:
     """Weights of the three losses; each loss is a weighted mean over the predictions.
 
     Attributes:
-        ce: next-token cross-entropy
+        ce: next-token cross-entropy; not of answers of the adapter itself, which only the base
+            model judges
         kl: the divergence of the student from the base model
         hidden: squared distance of the normed stream from the base model's, relative to the latter
         refresh: weight of a refresh's prediction in those means; a LoRA step's weighs 1
@@ -129,6 +130,7 @@ def backward(
     stream, other, next_token = take(hidden, at), take(base, at), tokens.flatten()[at + 1]
     lora = schedule.lora.flatten()[at]
     loop = torch.zeros_like(lora)
+    given = (~own[at // tokens.shape[1]]).float()  # [R]  1 for text of the corpus
     if weights.leave_loops and own.any():
         answers = torch.full_like(tokens, -1).flatten()
         answers[at + 1] = schedule.sequence.flatten()[at + 1]
@@ -141,7 +143,7 @@ def backward(
     with torch.no_grad():
         scale = other.float().square().mean()
         for piece in torch.arange(len(at), device=at.device).split(AT_ONCE):
-            of = stream[piece], other[piece], next_token[piece], loop[piece]
+            of = stream[piece], other[piece], next_token[piece], loop[piece], given[piece]
             made = _of_logits(decoder, *of, weights)
             apart = stream[piece].float() - other[piece].float()
             far = apart.square().mean(-1) / scale
@@ -173,9 +175,12 @@ def _of_logits(
     other: Tensor,
     next_token: Tensor,
     loop: Tensor,
+    given: Tensor,
     weights: Weights,
 ) -> _OfLogits:
     """Cross-entropy and divergence of R predictions; `loop` marks those that go on with a loop.
+
+    `given`, [R], is 1 for text of the corpus, 0 for what the adapter wrote: no cross-entropy there.
 
     With logits z, p = softmax(z) and the base model's p', d(ce) / dz = p - onehot, and d / dz of
     KL(p' || p) = p - p'.
@@ -193,9 +198,11 @@ def _of_logits(
         log_ratio = apart.add_(constant[:, None])
         divergence, slope = _divergence(weights.divergence, p, base_p, log_ratio)
     weight = torch.where(left, weights.leave_loops, 1.0)
-    slope = slope.mul_(weights.kl * weight[:, None]).add_(p, alpha=weights.ce)
-    slope.scatter_add_(1, next_token[:, None], slope.new_full((len(slope), 1), -weights.ce))
-    return _OfLogits(ce, kl, weight * divergence, decoder.logits_transposed(slope).float())
+    learned = weights.ce * given[:, None]
+    slope = slope.mul_(weights.kl * weight[:, None]).addcmul_(p, learned)
+    slope.scatter_add_(1, next_token[:, None], -learned)
+    gradient = decoder.logits_transposed(slope).float()
+    return _OfLogits(given * ce, kl, weight * divergence, gradient)
 
 
 def leave(base_z: Tensor, next_token: Tensor, loop: Tensor) -> Tensor:

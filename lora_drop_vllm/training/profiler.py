@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from lora_drop_vllm.atomic_files import check_folder, replacing
 from lora_drop_vllm.decode.decoder import base_model, run_layer
 from lora_drop_vllm.decode.pretrained import open_model
 from lora_drop_vllm.method.adapter import AdapterConfig
@@ -68,7 +69,7 @@ def profile(
         ValueError: settings, a model or a corpus that cannot be used.
     """
     model, out = str(model), Path(out)
-    _check(criterion, rhos, plots)
+    _check(criterion, rhos, plots, out)
     texts = read_corpus(corpus, model)
     base, tokenizer = open_model(model)
     settings.check(base_model(base))
@@ -91,13 +92,15 @@ def _saved(result: ProfileResult, rhos: Sequence[float], plots: bool) -> Profile
     mix = None if result.mix is None else asdict(result.mix)
     report = result.profile.report(rhos) | {"mix": mix}
     result.path.parent.mkdir(parents=True, exist_ok=True)
-    result.path.write_text(json.dumps(report, indent=2) + "\n")
+    with replacing(result.path) as scratch:
+        scratch.write_text(json.dumps(report, indent=2) + "\n")
     if plots:
         draw(result.profile, result.path.parent)
     return result
 
 
-def _check(criterion: str, rhos: Sequence[float], plots: bool) -> None:
+def _check(criterion: str, rhos: Sequence[float], plots: bool, out: Path) -> None:
+    check_folder("--out", out)
     if plots:
         require_matplotlib()
     if criterion not in CRITERIA:

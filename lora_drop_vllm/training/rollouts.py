@@ -31,6 +31,11 @@ FOLDER = "rollouts"  # in the run's folder: a file of answers per round
 OPENING = 2000  # characters of a text to continue; `generate` takes its first tokens
 
 
+def forget_rollouts(out: Path) -> None:
+    """Deletes the answers of an earlier run, which no checkpoint vouches for."""
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+
+
 class Rollouts:
     """The rows of a run that trains on its own answers.
 

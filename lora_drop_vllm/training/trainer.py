@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lora_drop_vllm.atomic_files import check_folder
 from lora_drop_vllm.decode.decoder import base_model
-from lora_drop_vllm.decode.pretrained import model_name, open_model
+from lora_drop_vllm.decode.pretrained import model_digest, model_name, open_model
 from lora_drop_vllm.hub import adapter_folder
 from lora_drop_vllm.method.adapter import (
     AdapterConfig,
@@ -34,7 +35,7 @@ from lora_drop_vllm.training.fit import new_config
 from lora_drop_vllm.training.gradient import Devices, Plan, Trainer
 from lora_drop_vllm.training.layerwise import fit_tensors
 from lora_drop_vllm.training.mixture import MixedRows, rows_of
-from lora_drop_vllm.training.rollouts import Rollouts
+from lora_drop_vllm.training.rollouts import Rollouts, forget_rollouts
 from lora_drop_vllm.training.rows import Position, Rows
 from lora_drop_vllm.training.samples import sample
 from lora_drop_vllm.training.settings import DTYPES, Settings
@@ -93,13 +94,11 @@ def train(
         RuntimeError: the adapter, the log or the checkpoint could not be written.
     """
     model, out = str(model), Path(out)
-    plan.check()
-    if plots:
-        require_matplotlib()
+    _check(plan, out, plots)
     texts = read_corpus(corpus, model)
     checkpoint = Checkpoint.load(out)
     plan = plan.on_this_machine(checkpoint.run if checkpoint else {})
-    run = _described(settings, plan, {"from": start, "model": model_name(model)}, texts)
+    run = _described(settings, plan, start, model, texts)
     if checkpoint:
         checkpoint.check_run(run, out)
     devices = Devices()
@@ -107,6 +106,7 @@ def train(
     rollouts = Rollouts(model, tokenizer, texts, settings, plan, out) if plan.rollouts else None
     texts = texts.rendered(tokenizer, settings.length)
     if not checkpoint:
+        forget_rollouts(out)
         config, tensors = begin(model, base, tokenizer, texts, settings, start, profile)
         checkpoint = Checkpoint(config, run, 0, Position(), tensors)
     rows = _rows(texts, tokenizer, settings, checkpoint, rollouts)
@@ -117,11 +117,19 @@ def train(
     return TrainResult(out, trainer.adapter.config, trainer.step, log, texts.skipped)
 
 
+def _check(plan: Plan, out: Path, plots: bool) -> None:
+    plan.check()
+    check_folder("--out", out)
+    if plots:
+        require_matplotlib()
+
+
 def _described(
-    settings: Settings, plan: Plan, further: dict[str, Any], corpus: Corpus
+    settings: Settings, plan: Plan, start: str, model: str, corpus: Corpus
 ) -> dict[str, Any]:
     """The settings of a run, in the form that its checkpoint keeps."""
-    run = asdict(settings) | asdict(plan) | further | {"corpus": corpus.origin}
+    run = asdict(settings) | asdict(plan) | {"from": start, "corpus": corpus.origin}
+    run |= {"model": model_name(model), "model_digest": model_digest(model)}
     described: dict[str, Any] = json.loads(json.dumps(run))
     return described
 
@@ -166,11 +174,17 @@ def run_to_the_end(
             if writes:
                 append_log(out, entry)
                 if trainer.step % plan.save_every == 0 or trainer.step == plan.steps:
-                    config = trainer.adapter.config
-                    save_adapter(out, config, trainer.adapter.tensors(), dtype)
-                    write_card(out, config, f"Made by `lora-drop train`, {trainer.step} steps.")
+                    _save(trainer, out, dtype)
                     trainer.checkpoint().save(out)  # last, after the files it vouches for
+    if begun == plan.steps and writes:
+        _save(trainer, out, dtype)  # another command may have written there since
     return log
+
+
+def _save(trainer: Trainer, out: Path, dtype: torch.dtype) -> None:
+    config = trainer.adapter.config
+    save_adapter(out, config, trainer.adapter.tensors(), dtype)
+    write_card(out, config, f"Made by `lora-drop train`, {trainer.step} steps.")
 
 
 def begin(
@@ -188,8 +202,15 @@ def begin(
         ValueError: the settings, the profile or the adapter cannot be used.
     """
     if start not in ("fit", "zero"):
-        folder = adapter_folder(start)
-        config = read_config(folder)
+        try:
+            folder = adapter_folder(start)
+            config = read_config(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"--from {start}: expected fit, zero or an adapter ({error})"
+            ) from error
+        if profile:
+            raise ValueError(f"--profile {profile}: --from {start} has its layers; leave it out")
         settings.check_agrees(config, start)
         return config, load_tensors(folder, config)
     settings.check(base_model(base))

@@ -98,6 +98,14 @@ def test_the_command_measures_chat_replies(
     assert steps["lora"]["tokens"] > steps["full"]["tokens"] > 0
     assert main([*command, str(tmp_path / "text.jsonl")]) == 2
     assert "no replies; expected lines with `messages`, or with a" in capsys.readouterr().err
+    assert main(["evaluate", "no-model", *command[2:], str(tmp_path / "missing.jsonl")]) == 2
+    assert "--chat " in (said := capsys.readouterr().err) and "--corpus" not in said
+    given = [*command, str(tmp_path / "chat.jsonl")]
+    for flag, value in (("--dtype", "float32"), ("--max-tokens", "9"), ("--num-fewshot", "3")):
+        assert main([*given, flag, value]) == 2
+        assert f"{flag} {value}: nothing is decoded by a server" in capsys.readouterr().err
+    assert main([*given, "--json", str(tmp_path)]) == 2
+    assert f"--json {tmp_path}: cannot be written" in capsys.readouterr().err
 
 
 def test_with_k_0_nothing_differs_from_the_base(pair: Any) -> None:

@@ -88,7 +88,9 @@ def test_broken_turns_are_told(role: str, turn: Completion, fault: str | None) -
         ('{"prompt": 3}', "line 1 has neither a `prompt` nor"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1 has neither"),
         ("[]", "line 1 has neither"),
-        ("{", "cannot be used"),
+        ('{"prompt": "a"}\n{', r"cannot be used \(line 2 is no JSON"),
+        ('{"prompt": "\\ud83d"}', "line 1 is no valid Unicode"),
+        ('{"messages": [{"role": "user"}]}', "line 1 has `messages` that are no list"),
         ("", "empty; name a file"),
     ],
 )

@@ -51,13 +51,20 @@ def test_a_local_base_model_is_no_name_for_the_hub(tmp_path: Path, config: Any) 
     assert "base_model:" not in (tmp_path / CARD).read_text()
 
 
-def test_figures_of_an_evaluation_beside_it(tmp_path: Path, config: Any) -> None:
+def test_figures_of_an_evaluation(tmp_path: Path, config: Any) -> None:
     write_card(tmp_path, config, "Made by hand.")
-    (tmp_path / FIGURES).write_text(json.dumps(REPORT))
-    write_card(tmp_path, config)
+    write_card(tmp_path, config, report=REPORT)
     card = (tmp_path / CARD).read_text()
     assert "| books.txt, all steps | 41.500 | 39.125 | 0.250 | 0.750 |" in card
     assert "| piqa | 0.500 | 0.625 |" in card and "Made by hand." in card
+
+
+def test_a_new_adapter_has_no_figures_of_an_old_one(tmp_path: Path, config: Any) -> None:
+    (tmp_path / FIGURES).write_text(json.dumps(REPORT))
+    write_card(tmp_path, config, "Made by hand.", REPORT)
+    write_card(tmp_path, config, "Made anew.")
+    card = (tmp_path / CARD).read_text()
+    assert "Made anew." in card and "Quality" not in card
 
 
 def test_a_card_of_somebody_else_stays(tmp_path: Path, config: Any) -> None:

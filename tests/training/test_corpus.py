@@ -42,13 +42,14 @@ def test_unusable_lines_are_skipped_and_counted(tmp_path: Path) -> None:
         ("a.txt", None, r"a\.txt: cannot be read \(No such file"),
         ("a.txt", b" \n\n", "empty; name a source with text"),
         ("a.txt", b"PK\x03\x04\x00\x00", "a binary file"),
-        ("a.txt", b"\xff\xfe\n\xff", r"line 1 is not UTF-8 \(2 such\)"),
+        ("a.txt", b"\xff\xfe\n\xff", r"line 1 is no valid Unicode \(2 such\)"),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', r"line 1 is no valid Unicode \(1 such\)"),
         ("a.jsonl", b"", "empty; name a source with text"),
         ("a.jsonl", b'{"body": "a"}\n', "line 1 is no JSON object with a text in its field"),
         ("a.jsonl.gz", b'{"text": "a"}\n', r"cannot be read \(Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"words " * 999)[:40], r"cannot be read \(Compressed file"),
     ],
-    ids=["missing", "blank", "binary", "no-utf8", "empty", "keys", "no-gzip", "cut"],
+    ids=["missing", "blank", "binary", "no-utf8", "half-a-pair", "empty", "keys", "no-gzip", "cut"],
 )
 def test_a_file_without_text_is_refused(
     tmp_path: Path, name: str, content: bytes | None, message: str

@@ -67,7 +67,7 @@ def test_every_passage_of_a_source_comes_before_any_comes_again(tmp_path: Path) 
     rows = mixed(tmp_path, {"a": "0.5", "b": "0.5"})
     of_b = [row for row in islice(rows, 120) if make_tokenizer().decode(row.tokens)[0] == "b"]
     assert of_b == list(islice(plain, len(of_b))) and plain.position.epoch > 1
-    assert rows.position.epoch == plain.position.epoch
+    assert rows.position.parts[1].epoch == plain.position.epoch > rows.position.epoch
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 7, 30])
@@ -171,6 +171,14 @@ def test_training_on_a_mixture_resumes(
     assert "bees.jsonl:0.75" in capsys.readouterr().err
     assert main([*train, "--out", str(tmp_path / "cut")]) == 0
     assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_fit_repeats_a_small_source(smooth_model: Path, tmp_path: Path, capsys: Any) -> None:
+    files = sources(tmp_path)
+    command = ["fit", str(smooth_model), "--corpus", f"{files['c']}:0.5", f"{files['b']}:0.5"]
+    command += ["--tokens", "6400", "--length", "64", "--rank", "2", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert int(capsys.readouterr().out.split()[-2]) > 6300
 
 
 def test_fit_and_profile_take_a_mixture(given: list[str], tmp_path: Path) -> None:

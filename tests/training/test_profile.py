@@ -121,6 +121,13 @@ def test_the_lowest_kl_chooses_the_run() -> None:
         by_kl.choose("contiguous", 3)
 
 
+def test_attentions_are_chosen_by_their_own_kl() -> None:
+    runs = [Run(n, 1, 0.1 * n) for n in range(3, 7)]
+    both = Profile(BASE, 1, [1], [[0.0]] * 8, runs, [Run(n, 1, -0.1 * n) for n in range(3, 7)])
+    assert both.choose("kl", 2) == [3, 4] and both.choose("kl", 2, "attn") == [5, 6]
+    assert replace(both, attention_runs=None).choose("kl", 2, "attn") == [3, 4]
+
+
 def test_scores_choose_the_layers() -> None:
     scores = [9.0, 9.0, 9.0, 0.5, 0.1, 0.4, 0.5, 0.3, 9.0]
     eligible = list(range(3, 8))

@@ -138,6 +138,16 @@ def test_a_killed_run_ends_alike(
     assert_equal(tmp_path / "killed", tmp_path / "whole")
 
 
+def test_a_new_run_asks_anew(command: list[str], asked: Any, tmp_path: Path) -> None:
+    """Answers in the folder without a checkpoint are of another run."""
+    old = tmp_path / "new" / module.FOLDER / "0.jsonl"
+    old.parent.mkdir(parents=True)
+    old.write_text(json.dumps({"text": WORDS * 60}) + "\n")
+    for name in ("new", "plain"):
+        assert main([*command, "--out", str(tmp_path / name)]) == 0
+    assert_equal(tmp_path / "new", tmp_path / "plain")
+
+
 def test_what_stops_a_run_is_said(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -156,6 +166,8 @@ def test_what_stops_a_run_is_said(
         assert f"--{flag} {value}: expected" in said and allowed in said
     assert main([*command, "--leave-loops", "2", "--divergence", "reverse", *out]) == 2
     assert "--leave-loops 2.0 with --divergence reverse" in capsys.readouterr().err
+    assert main([*command, "--leave-loops", "2", "--kl", "0", *out]) == 2
+    assert "--leave-loops 2.0 with --kl 0" in capsys.readouterr().err
     assert main([*command, "--leave-loops", "2", "--rollouts", "0", *out]) == 2
     assert "--leave-loops 2.0 without --rollouts" in capsys.readouterr().err
     gone = SimpleNamespace(returncode=1)

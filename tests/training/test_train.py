@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,13 @@ def test_an_interrupted_run_ends_alike(
 def test_a_finished_run_is_left_as_it_is(
     given: list[str], whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (whole / FILE).stat().st_mtime_ns
+    before, made = (whole / FILE).stat().st_mtime_ns, read_config(whole)
+    fit = ["fit", *given[1:6], "--tokens", "960", "--rank", "2", "--layers", "4"]
+    assert main([*fit, "--out", str(whole)]) == 0 and read_config(whole) != made
     assert main([*given, "--out", str(whole)]) == 0
     assert f"{STEPS} steps, loss" in capsys.readouterr().out
     assert (whole / FILE).stat().st_mtime_ns == before
+    assert read_config(whole) == made  # what another command wrote there since is replaced
 
 
 @pytest.mark.parametrize(
@@ -155,6 +159,8 @@ def test_going_on_from_an_adapter_takes_its_settings(
     assert read_config(tmp_path / "a") == read_config(whole)
     assert main([*from_whole, "--out", str(tmp_path / "b"), "--kv", "write"]) == 2
     assert "--kv write: the adapter that --from" in capsys.readouterr().err
+    assert main([*from_whole, "--out", str(tmp_path / "b"), "--profile", "p.json"]) == 2
+    assert "--profile p.json: --from" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
@@ -179,7 +185,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
         (["--lr", "-1"], "--lr -1.0: expected more than 0"),
         (["--refresh-weight", "-1"], "--refresh-weight -1.0: expected 0 or more"),
         (["--ce", "0", "--kl", "0"], "--ce, --kl, --hidden: all 0"),
-        (["--from", "nowhere"], "there is no adapter_config.json in it"),
+        (["--from", "nowhere"], "--from nowhere: expected fit, zero or an adapter ("),
         (["--rank", "0"], "--rank 0: expected 1 to 128"),
         (["--plots"], "--plots: matplotlib is not installed"),
     ],
@@ -203,6 +209,11 @@ def test_a_folder_with_another_run_is_refused(
 ) -> None:
     assert main([*given, "--out", str(whole), "--lr", "0.5"]) == 2
     assert "holds a run with --lr 0.001, not 0.5" in capsys.readouterr().err
+    model = Path(shutil.copytree(given[1], tmp_path / Path(given[1]).name))
+    tokens = model / "model.safetensors"
+    tokens.write_bytes(tokens.read_bytes()[:-4] + bytes(4))
+    assert main([given[0], str(model), *given[2:], "--out", str(whole)]) == 2
+    assert f"holds a run of another model that is called {model.name}" in capsys.readouterr().err
     (tmp_path / FILE).write_bytes(b"nothing")
     assert main([*given, "--out", str(tmp_path)]) == 2
     assert "not a checkpoint of `lora-drop train`" in capsys.readouterr().err
