@@ -123,7 +123,9 @@ class Server(Endpoint):
         self._start_seconds = start_seconds
         self.port = port or _free_port()
         super().__init__(f"http://127.0.0.1:{self.port}", "model")
-        self.log = Path(tempfile.mkstemp(prefix="lora_drop_server_", suffix=".log")[1])
+        log, name = tempfile.mkstemp(prefix="lora_drop_server_", suffix=".log")
+        os.close(log)
+        self.log = Path(name)
         vllm = Path(sys.executable).with_name("vllm")
         self._command = [str(vllm), "serve", str(model), "--port", str(self.port)]
         self._command += ["--served-model-name", self.name, *ARGUMENTS, *arguments]

@@ -16,6 +16,7 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
+from lora_drop_vllm.config import LoRADropConfig, LoRADropConfigError
 from lora_drop_vllm.engine import attention
 from lora_drop_vllm.engine.activation import active_config
 from lora_drop_vllm.engine.drop_layer import DropLayer, make_drop_layers
@@ -78,7 +79,7 @@ class LoRADropModel(nn.Module):
         make_drop_layers(
             self.model.layers,
             config,
-            _adapter_tensors(config.adapter),
+            _adapter_tensors(config),
             self.lora_drop.states,
             self.lora_drop.slots,
         )
@@ -144,8 +145,20 @@ class LoRADropMistralForCausalLM(LoRADropModel, MistralForCausalLM):
     """Mistral and Ministral 3 with drop layers."""
 
 
-def _adapter_tensors(adapter: str | None) -> dict[str, Tensor] | None:
-    if adapter is None:
+def _adapter_tensors(config: LoRADropConfig) -> dict[str, Tensor] | None:
+    """The tensors of the adapter; each worker reads them itself.
+
+    Raises:
+        LoRADropConfigError: the folder holds another adapter than when the server started.
+    """
+    if config.adapter is None:
         return None
-    folder = Path(adapter)
-    return load_tensors(folder, read_config(folder))
+    folder = Path(config.adapter)
+    adapter = read_config(folder)
+    has = adapter.r, adapter.scale, adapter.injection
+    if has != (config.rank, config.scale, config.injection):
+        raise LoRADropConfigError(
+            f"lora_drop.adapter={config.adapter!r}: was replaced by another adapter while the "
+            "server started; start it again."
+        )
+    return load_tensors(folder, adapter)

@@ -61,6 +61,8 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
         (vllm_config.speculative_config is not None, "speculative decoding", LEAVE_OUT),
         *_parallelism(parallel),
         (envs.VLLM_USE_BREAKABLE_CUDAGRAPH, "VLLM_USE_BREAKABLE_CUDAGRAPH=1", "unset it"),
+        # it answers HTTP by itself: no check of a request's k, no counters, no kinds of steps
+        (envs.VLLM_USE_RUST_FRONTEND, "VLLM_USE_RUST_FRONTEND=1", "unset it"),
         # the kind of a request's steps depends on who else is in the batch
         (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT=1", "unset it"),
         (scheduler.scheduler_cls is not None, "--scheduler-cls", LEAVE_OUT),

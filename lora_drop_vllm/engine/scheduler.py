@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import RequestStatus
 
 from lora_drop_vllm.engine import metrics
 from lora_drop_vllm.engine.activation import active_config
@@ -66,14 +68,14 @@ class LoRADropScheduler(AsyncScheduler):
         output = super().schedule(throttle_prefills or self._defers)
         if self._defers:
             self._waited += 1
-        elif not self.get_request_counts()[1]:
+        elif not any(self._waiting_prompts()):
             self._waited = 0
         return output
 
     def _prompts_wait(self) -> bool:
         if self.lora_drop.prompts == "now" or self.prefill_capacity_bound:
             return False
-        if not self.get_request_counts()[1]:
+        if not any(self._waiting_prompts()):
             return False
         running = [
             self.tracker.phase(r.request_id, in_prompt=r.is_prefill_chunk)
@@ -84,6 +86,14 @@ class LoRADropScheduler(AsyncScheduler):
             running, self._waited, longest_wait(self.lora_drop.k, self._prompts_fit())
         )
 
+    def _waiting_prompts(self) -> Iterator[Request]:
+        """Requests that a step could take: not those whose grammar is still being compiled."""
+        for request in chain(self.kv_holding_waiting, self.waiting):
+            grammar = request.structured_output_request
+            blocked = request.status is RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+            if not (blocked and grammar and grammar.grammar is None):
+                yield request
+
     def _ends(self, request: Request) -> bool:
         """Tells whether a request's last token is under way, so that no step schedules it again."""
         end = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
@@ -93,7 +103,7 @@ class LoRADropScheduler(AsyncScheduler):
         """Tells whether one step takes all waiting prompts whole (prefix hits not counted)."""
         room = self.max_num_scheduled_tokens - len(self.running)
         threshold = self.scheduler_config.long_prefill_token_threshold or room
-        for request in chain(self.kv_holding_waiting, self.waiting):
+        for request in self._waiting_prompts():
             room -= request.num_tokens
             if room < 0 or request.num_tokens > threshold:
                 return False
@@ -143,8 +153,12 @@ class LoRADropScheduler(AsyncScheduler):
         return hit
 
     def _k(self, request: Request) -> int:
+        """The request's k; the served one if a door without our check let a bad value in."""
         params = request.sampling_params
-        return request_k(params.extra_args if params else None, self.lora_drop.k)
+        try:
+            return request_k(params.extra_args if params else None, self.lora_drop.k)
+        except ValueError:
+            return self.lora_drop.k
 
     def _free_request_blocks(self, request: Request) -> None:
         super()._free_request_blocks(request)

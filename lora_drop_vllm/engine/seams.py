@@ -40,7 +40,6 @@ SEAMS: tuple[Seam, ...] = (
         ("scheduler_output",),
     ),
     Seam("vllm.v1.core.sched.scheduler:Scheduler.schedule", "scheduler.py", ("throttle_prefills",)),
-    Seam("vllm.v1.core.sched.scheduler:Scheduler.get_request_counts", "scheduler.py"),
     Seam(
         "vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks", "scheduler.py", ("request",)
     ),
@@ -133,6 +132,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.worker.gpu_worker:Worker._make_model_runner", "worker_gpu.py"),
     Seam("vllm.v1.worker.gpu_worker:Worker.execute_model", "worker.py", ("scheduler_output",)),
     Seam("vllm.v1.worker.gpu_worker:Worker.reload_weights", "worker_cpu.py"),
+    Seam("vllm.v1.worker.gpu_worker:Worker.sample_tokens", "worker_cpu.py", ("grammar_output",)),
     # what is called
     Seam("vllm.compilation.backends:set_model_tag", "models.py", ("tag",)),
     Seam(

@@ -13,6 +13,21 @@ from lora_drop_vllm.engine.worker import PlanReceiver
 class LoRADropCPUWorker(PlanReceiver, CPUWorker):
     """vLLM's CPU worker with a plan for every step."""
 
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Samples; the generators of prompts that go on are kept out of it.
+
+        vLLM samples for such a prompt too, throws the token away and turns its generator back,
+        which a CPU's cannot: in stock vLLM 0.32 a seeded prompt of two chunks ends the engine.
+        """
+        runner = self.model_runner
+        generators = runner.input_batch.generators
+        going_on = runner.discard_request_mask.np
+        held = {row: generators.pop(row) for row in list(generators) if going_on[row]}
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            generators.update(held)
+
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Loads weights again, in place.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from environment import V2
 from oracle import Oracle
 from serving import Engine, Serve, check_all_released, longest_lora_run, replay, settings_of
 from tiny import make_adapter, prompt_of
@@ -270,3 +271,16 @@ def test_aborted_and_refused_requests_give_everything_back(
     core.abort_request(["r0", "r1", "r2"])
     core.step()
     check_all_released(engine)
+
+
+@pytest.mark.skipif(V2, reason="a fault of the V1 runner on a CPU")
+def test_a_seeded_prompt_may_come_in_chunks(
+    serve: Serve, models: dict[str, Path], adapter: Any
+) -> None:
+    """It ends stock vLLM 0.32 on a CPU; and a chunk draws nothing from the request's generator."""
+    prompts, told = [prompt_of(100), prompt_of(5)], []
+    for budget in (64, 512):
+        engine = serve(models["llama"], adapter[2], max_num_batched_tokens=budget, max_num_seqs=4)
+        outputs = engine.generate(prompts, 12, temperature=1.0, seed=1)
+        told.append([output.tokens for output in outputs])
+    assert told[0] == told[1]

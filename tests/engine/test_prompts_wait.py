@@ -7,6 +7,7 @@ On engines that keep books only; every step there is held to the rule (`dry_engi
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,29 @@ def test_a_request_without_lora_steps_keeps_nobody_waiting(dry: Any) -> None:
     engine = decoding(dry)
     assert steps_until_taken(engine, engine.add([3, 3], 20, k=0)) == K
     assert steps_until_taken(engine, engine.add([3] * 5, 20)) == 0
+
+
+def test_a_request_whose_grammar_is_compiled_hurries_nobody(dry: Any) -> None:
+    """No step could take it, so the others wait as if it were not there."""
+    from vllm.v1.request import RequestStatus
+
+    engine = decoding(dry)
+    name = engine.add([5] * 4, 5)
+    engine.books[name].deferred = -1000  # the engine's check of the rule knows no grammars
+    request = engine.scheduler.requests[name]
+    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    request.structured_output_request = SimpleNamespace(grammar=None)
+    for _ in range(2 * (K + 1)):
+        engine.step()
+    assert steps_until_taken(engine, engine.add([3] * 5, 20)) == K
+    assert engine.kinds == ["full", *["lora"] * K] * 3 + ["full"]
+
+
+def test_a_k_that_nobody_checked_is_the_served_one(dry: Any) -> None:
+    engine = dry(k=K)
+    engine.books[engine.add([3, 4], 3 * K, k=99)].k = K
+    engine.finish()
+    assert engine.kinds[: K + 2] == ["full", *["lora"] * K, "full"]
 
 
 @pytest.mark.parametrize("phase", range(K + 1))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from quantized_tiny import quantize
-from tiny import load_model
+from tiny import load_model, make_adapter
 
 from lora_drop_vllm.config import LoRADropConfig
 from lora_drop_vllm.engine.activation import active_config
@@ -91,6 +91,14 @@ def test_rays_older_executor(models: dict[str, Path], monkeypatch: pytest.Monkey
         monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", newer)
         with error if newer == "0" else contextlib.nullcontext():
             check_supported(config, settings)
+
+
+def test_a_frontend_without_our_checks(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="does not support VLLM_USE_RUST_FRONTEND=1"):
+        engine_config(models["llama"])
 
 
 def test_an_old_gpu(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +187,19 @@ def test_switched_off_the_engine_is_vllms_own(models: dict[str, Path], settings:
     assert config.scheduler_config.scheduler_cls is None
     assert config.parallel_config.worker_cls.startswith("vllm.")
     assert config.model_config.hf_config.architectures == ["LlamaForCausalLM"]
+
+
+def test_an_adapter_that_is_replaced_while_the_server_starts(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    from lora_drop_vllm.engine.models import _adapter_tensors
+
+    make_adapter(tmp_path, models["llama"], drop_layers=[3, 5], r=4)
+    config = active_config(engine_config(models["llama"], {"adapter": str(tmp_path)}))
+    assert _adapter_tensors(config)
+    make_adapter(tmp_path, models["llama"], drop_layers=[3, 5], r=8)
+    with pytest.raises(ValueError, match="was replaced by another adapter while the server"):
+        _adapter_tensors(config)
 
 
 def test_the_server_exits_with_the_message(models: dict[str, Path]) -> None:
