@@ -126,8 +126,12 @@ def _ask(
 def _write(result: EvaluateResult, out: str | Path | None) -> None:
     if out is not None:
         out, report = Path(out), result.report()
-        with replacing(out) as scratch:
-            scratch.write_text(json.dumps(report, indent=2) + "\n")
+        text = json.dumps(report, indent=2) + "\n"
+        if out.exists() and not out.is_file():  # /dev/stdout, a pipe
+            out.write_text(text)
+        else:
+            with replacing(out) as scratch:
+                scratch.write_text(text)
         if out.name == FIGURES and (out.parent / CARD).is_file() and result.adapter:
             write_card(out.parent, result.adapter, report=report)
 

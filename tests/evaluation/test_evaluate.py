@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,11 @@ def test_the_command_measures_chat_replies(
     for flag, value in (("--dtype", "float32"), ("--max-tokens", "9"), ("--num-fewshot", "3")):
         assert main([*given, flag, value]) == 2
         assert f"{flag} {value}: nothing is decoded by a server" in capsys.readouterr().err
+    os.mkfifo(pipe := tmp_path / "pipe")
+    end = os.open(pipe, os.O_RDWR)
+    assert main([*given, "--json", str(pipe)]) == 0
+    assert json.loads(os.read(end, 1 << 16))["chat"] and pipe.is_fifo()
+    os.close(end)
     assert main([*given, "--json", str(tmp_path)]) == 2
     assert f"--json {tmp_path}: cannot be written" in capsys.readouterr().err
 
