@@ -14,6 +14,6 @@ def parse(line: str | bytes) -> Any:
         UnicodeError: it is not UTF-8, or an escape holds half a surrogate pair.
     """
     value = json.loads(line)
-    if ("\\u" if isinstance(line, str) else b"\\u") in line:
+    if (b"\\u" in line) if isinstance(line, bytes) else ("\\u" in line):
         json.dumps(value, ensure_ascii=False).encode()
     return value
