@@ -17,8 +17,10 @@ class LoRADropCPUWorker(PlanReceiver, CPUWorker):
         """Samples; the generators of prompts that go on are kept out of it.
 
         vLLM samples for such a prompt too, throws the token away and turns its generator back,
-        which a CPU's cannot: in stock vLLM 0.32 a seeded prompt of two chunks ends the engine.
+        which a CPU's cannot: a seeded prompt of two chunks ends vLLM 0.32's V1 runner.
         """
+        if self.use_v2_model_runner:
+            return super().sample_tokens(grammar_output)
         runner = self.model_runner
         generators = runner.input_batch.generators
         going_on = runner.discard_request_mask.np
